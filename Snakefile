@@ -1,0 +1,53 @@
+# stpatch: from public spatial-transcriptomics slices to shards, a pretrained encoder and its report card.
+# This file is the table of contents: each part lies in the rule file of its name, in the order it runs.
+
+from pathlib import Path
+
+# Anchored to this file, so that --directory and --configfile keep the repository's defaults.
+configfile: Path(workflow.basedir) / "config.yaml"
+
+
+include: "rules/common.smk"
+
+
+pathvars:
+    results=config["results"],
+
+
+rule data:
+    input:
+        "<results>/curate/quarantine.tsv",
+        "<results>/shards/train/index.json",
+        "<results>/shards/val/index.json",
+    default_target: True
+
+
+rule pretrain:
+    input:
+        f"<results>/pretrain/{RUN}/model.safetensors",
+
+
+rule evaluate:
+    input:
+        "<results>/metrics/scores.tsv",
+
+
+rule all:
+    input:
+        rules.data.input,
+        rules.pretrain.input,
+        rules.evaluate.input,
+        "<results>/report.html",
+
+
+include: "rules/simulate.smk"
+include: "rules/download.smk"
+include: "rules/curate.smk"
+include: "rules/admit.smk"
+include: "rules/grid.smk"
+include: "rules/stats.smk"
+include: "rules/shards.smk"
+include: "rules/pretrain.smk"
+include: "rules/embed.smk"
+include: "rules/evaluate.smk"
+include: "rules/report.smk"

@@ -1,0 +1,152 @@
+"""Typed errors of the pipeline: each says which slice and file, what was found, what was expected, what to do next."""
+
+from __future__ import annotations
+
+
+class SliceError(ValueError):
+    """A slice that can't be used as it is.
+
+    Parameters
+    ----------
+    slice
+        Name of the slice in the catalogue.
+    found
+        What was seen, with the numbers.
+    expected
+        What the stage needs.
+    next_step
+        What the user can do about it.
+    file
+        The file in which it was seen, if there is one.
+    """
+
+    code = "error"
+    stage = "curate"
+
+    def __init__(self, *, slice: str, found: str, expected: str, next_step: str, file: str = "") -> None:
+        self.slice, self.file = str(slice), str(file)
+        self.found, self.expected, self.next_step = found, expected, next_step
+        where = f" ({self.file})" if self.file else ""
+        super().__init__(
+            f"[{self.code}] slice {self.slice}{where}: found {found}; expected {expected}. Next step: {next_step}"
+        )
+
+    def as_row(self) -> dict[str, str]:
+        """The row of the quarantine table (all strings)."""
+        return {
+            "slice": self.slice,
+            "stage": self.stage,
+            "code": self.code,
+            "file": self.file,
+            "found": self.found,
+            "expected": self.expected,
+            "next_step": self.next_step,
+        }
+
+
+class MissingFile(SliceError):
+    code = "missing_file"
+
+
+class UnknownFormat(SliceError):
+    code = "unknown_format"
+
+
+class Unreadable(SliceError):
+    """Truncated or corrupt h5, gzip, MEX or table."""
+
+    code = "unreadable"
+
+
+class MissingPositions(SliceError):
+    code = "missing_positions"
+
+
+class PositionsMismatch(SliceError):
+    """The positions belong to another sample: too few barcodes in common."""
+
+    code = "positions_mismatch"
+
+
+class NotCounts(SliceError):
+    """Normalised, scaled, negative, fractional or NaN values where raw integer counts belong."""
+
+    code = "not_counts"
+
+
+class Transposed(SliceError):
+    code = "transposed"
+
+
+class EmptySlice(SliceError):
+    code = "empty"
+
+
+class CountOverflow(SliceError):
+    """A count above 65,535 does not fit the grid's 16 bits."""
+
+    code = "count_overflow"
+
+
+class WrongOrganism(SliceError):
+    code = "wrong_organism"
+
+
+class UnknownGenes(SliceError):
+    """Hardly any gene name could be mapped to an Ensembl id."""
+
+    code = "unknown_genes"
+
+
+class MultipleSections(SliceError):
+    """A CELLXGENE file with ``is_single`` false holds several sections."""
+
+    code = "multiple_sections"
+
+
+class BadLabels(SliceError):
+    code = "bad_labels"
+
+
+class RankOnPixels(SliceError):
+    """Ranks of pixel coordinates were asked for: every spot would get its own row and column."""
+
+    code = "rank_on_pixels"
+    stage = "grid"
+
+
+class NoLattice(SliceError):
+    """No regular lattice fits the pixel coordinates."""
+
+    code = "no_lattice"
+    stage = "grid"
+
+
+class CellCollision(SliceError):
+    code = "cell_collision"
+    stage = "grid"
+
+
+class WindowTooLarge(SliceError):
+    """No window of the slice reaches the least fraction of observed cells."""
+
+    code = "window_too_large"
+    stage = "shards"
+
+
+class TooFewGenes(SliceError):
+    """Fewer measured genes than a window draws."""
+
+    code = "too_few_genes"
+    stage = "shards"
+
+
+class DamagedFile(SliceError):
+    """An intermediate file does not hold what was recorded for it."""
+
+    code = "damaged"
+    stage = "shards"
+
+
+class CatalogueError(ValueError):
+    """A table of slices or the config breaks its schema: names the file, the row or key, and the remedy."""
