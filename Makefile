@@ -1,0 +1,47 @@
+# make setup   .venv with pinned dependencies
+# make demo    the whole main job on simulated slices, offline, minutes on two cores
+# make test    lint, format check, snakemake --lint, all tests
+PYTHON ?= python3
+BIN := .venv/bin
+CORES ?= all
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help setup demo test lint format clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: .venv/.ready
+
+# torch goes first and by its pin: a plain requirement would pull the newest build, several GB larger.
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"stpatch needs Python >= 3.11, this is {sys.version.split()[0]}: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[data,train,eval,dev]'
+	@touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} snakemake --cores $(CORES) --configfile demo/config.yaml all
+	@echo
+	@echo "The demo ran on simulated slices. Look at:"
+	@echo "  report  $(CURDIR)/results/report.html"
+	@echo "  model   $(CURDIR)/results/pretrain/model/"
+	@echo "  scores  $(CURDIR)/results/metrics/scores.tsv"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint --configfile demo/config.yaml
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile rules
+
+test: lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slurm"
+
+clean:
+	rm -rf results resources .snakemake
