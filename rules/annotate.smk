@@ -1,0 +1,21 @@
+"""The embedding goes back to the slice it came from.
+
+In: `<results>/slices/{slice}.h5ad`, `<results>/embeddings/stpatch/{slice}.safetensors`.
+Out: `<results>/annotated/{slice}.h5ad`, the slice with `obsm["X_stpatch"]`.
+"""
+
+
+rule annotate:
+    input:
+        slice="<results>/slices/{slice}.h5ad",
+        embedding="<results>/embeddings/stpatch/{slice}.safetensors",
+    output:
+        "<results>/annotated/{slice}.h5ad",
+    log:
+        "<results>/logs/annotate/{slice}.log",
+    resources:
+        mem_mb=4000,
+    conda:
+        "../envs/eval.yaml"
+    script:
+        "../workflow/annotate.py"
