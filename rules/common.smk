@@ -28,7 +28,8 @@ wildcard_constraints:
 
 
 # Jobs find `workflow` and `trainer` from any working directory. A prefix replaces bash's strict mode: restate it.
-shell.prefix(f"set -euo pipefail; export PYTHONPATH={str(ROOT)!r}${{PYTHONPATH:+:$PYTHONPATH}}; ")
+# Braces are doubled twice: Snakemake formats the prefix together with the command.
+shell.prefix(f"set -euo pipefail; export PYTHONPATH={str(ROOT)!r}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; ")
 
 
 def admitted(*splits):
@@ -41,6 +42,3 @@ def admitted(*splits):
     return sorted({row["slice"] for row in found if not splits or row["split"] in splits})
 
 
-def trainer_python():
-    """The interpreter that runs `python -m trainer...`: the one that runs Snakemake, unless conda supplies it."""
-    return "python"

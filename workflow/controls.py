@@ -171,13 +171,15 @@ def normalised(section: Section, genes: np.ndarray, target_sum: float) -> sparse
     """Normalised expression of the named genes, CSR float64 [n_spots, len(genes)]."""
     columns = pd.Index(section.genes).get_indexer(genes)
     values = section.counts[:, columns].tocsr().astype(np.float64)
-    totals = np.repeat(section.totals, np.diff(values.indptr))
-    values.data = log_normalise(values.data, totals, target_sum)
+    values.data = log_normalise(values.data, np.repeat(section.totals, np.diff(values.indptr)), target_sum)
     return values
 
 
 def most_variable(expression: list[sparse.csr_matrix], n: int) -> np.ndarray:
-    """Columns of the n greatest variances over the spots of all sections, ascending; equal variances by column."""
+    """Columns of the n greatest variances over the spots of all sections, ascending; equal variances by column.
+
+    Plain variance of the normalised expression: on DLPFC it makes a stronger control than variance relative to the mean.
+    """
     n_spots = sum(matrix.shape[0] for matrix in expression)
     mean = sum(np.asarray(matrix.sum(axis=0)).ravel() for matrix in expression) / n_spots
     square = sum(np.asarray(matrix.multiply(matrix).sum(axis=0)).ravel() for matrix in expression) / n_spots
@@ -206,10 +208,15 @@ def principal_components(expression: list[sparse.csr_matrix], n: int = N_COMPONE
     return [matrix @ vectors - mean @ vectors for matrix in expression]
 
 
+def centre(features: np.ndarray) -> np.ndarray:
+    """One section's features with mean 0 each over its spots; rows of NaN (spots without features) stay out."""
+    return features - np.nanmean(features, axis=0)
+
+
 def standardise(features: np.ndarray) -> np.ndarray:
-    """One section's features with mean 0 and standard deviation 1 each over all of its spots; constant ones become 0."""
-    spread = features.std(axis=0)
-    return (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    """One section's features with mean 0 and standard deviation 1 each over its spots; constant ones become 0."""
+    spread = np.nanstd(features, axis=0)
+    return centre(features) / np.where(spread > 0, spread, 1.0)
 
 
 def control_features(sections: list[Section], target_sum: float) -> dict[str, list[np.ndarray]]:

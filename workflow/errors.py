@@ -148,5 +148,33 @@ class DamagedFile(SliceError):
     stage = "shards"
 
 
+class DownloadFailed(SliceError):
+    """The server did not give the file within the attempts allowed, or refused."""
+
+    code = "download_failed"
+    stage = "download"
+
+
+class SourceChanged(SliceError):
+    """The size or checksum of a file is not the one that the catalogue pins."""
+
+    code = "source_changed"
+    stage = "download"
+
+
+class RefusedUrl(SliceError):
+    """Not http(s), or a redirect to a host that nobody named."""
+
+    code = "refused_url"
+    stage = "download"
+
+
+class UnsafeArchive(SliceError):
+    """A member with an absolute path, `..`, a link or a device, or more data than an archive of its size may hold."""
+
+    code = "unsafe_archive"
+    stage = "download"
+
+
 class CatalogueError(ValueError):
     """A table of slices or the config breaks its schema: names the file, the row or key, and the remedy."""

@@ -92,12 +92,10 @@ def organism_of(names: np.ndarray, tables: dict[str, GeneTable]) -> tuple[str | 
 
 def _most(hits: dict[str, int], what: str, total: int = 0) -> tuple[str | None, str]:
     evidence = ", ".join(f"{organism} {n}" for organism, n in hits.items()) + f" {what}"
-    best = max(hits, key=hits.__getitem__)
-    rest = max([n for organism, n in hits.items() if organism != best] + [total - sum(hits.values())])
-    if hits[best] > rest:
-        return best, evidence
-    # Ids of a third organism outnumber both of ours.
-    return ("another organism" if total and total > sum(hits.values()) + hits[best] else None), evidence
+    ranked = sorted(hits, key=hits.__getitem__, reverse=True)
+    if total:  # ids of a third organism fall outside all prefixes
+        return (ranked[0] if hits[ranked[0]] > total / 2 else "another organism"), evidence
+    return (ranked[0] if hits[ranked[0]] > hits[ranked[1]] else None), evidence
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Frozen embeddings and controls through the same probes on the same splits, dataset by dataset.
+
+In: `<results>/slices/{slice}.h5ad`, `<results>/embeddings/{stpatch,untrained}/{slice}.safetensors`.
+Out: `<results>/metrics/{dataset}/scores.tsv`, `predictions.tsv.gz` and `notes.tsv`; all datasets in
+`<results>/metrics/scores.tsv`.
+"""
+
+
+def scored_datasets():
+    """Evaluation sets of which at least one slice was admitted."""
+    return [dataset for dataset in DATASETS if admitted(dataset)]
+
+
+rule score:
+    input:
+        slices=lambda w: expand("<results>/slices/{slice}.h5ad", slice=admitted(w.dataset)),
+        stpatch=lambda w: expand("<results>/embeddings/stpatch/{slice}.safetensors", slice=admitted(w.dataset)),
+        untrained=lambda w: expand("<results>/embeddings/untrained/{slice}.safetensors", slice=admitted(w.dataset)),
+    output:
+        scores="<results>/metrics/{dataset}/scores.tsv",
+        predictions="<results>/metrics/{dataset}/predictions.tsv.gz",
+        notes="<results>/metrics/{dataset}/notes.tsv",
+    log:
+        "<results>/logs/score/{dataset}.log",
+    benchmark:
+        "<results>/benchmarks/score/{dataset}.tsv"
+    params:
+        heads=config["evaluate"]["heads"],
+        protocols=config["evaluate"]["protocols"],
+        splits=config["evaluate"]["splits"],
+        seed=config["seed"],
+        target_sum=config["target_sum"],
+    resources:
+        mem_mb=8000,
+    conda:
+        "../envs/eval.yaml"
+    script:
+        "../workflow/score.py"
+
+
+rule scores:
+    input:
+        lambda w: expand("<results>/metrics/{dataset}/scores.tsv", dataset=scored_datasets()),
+    output:
+        "<results>/metrics/scores.tsv",
+    log:
+        "<results>/logs/scores/scores.log",
+    resources:
+        mem_mb=1000,
+    conda:
+        "../envs/eval.yaml"
+    script:
+        "../workflow/scores.py"

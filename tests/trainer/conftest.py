@@ -1,0 +1,45 @@
+"""One tiny simulated corpus and one short training run, shared by the trainer's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainer import corpus
+from trainer import pretrain
+
+SMALL = "--width 32 --depth 1 --heads 4 --feed-forward 64 --decoder-width 32 --decoder-depth 1 --device cpu".split()
+
+
+@pytest.fixture(scope="session")
+def tissue() -> corpus.Tissue:
+    return corpus.Tissue()
+
+
+@pytest.fixture(scope="session")
+def train_slices(tissue) -> list[tuple]:
+    return [tissue.slice(20, 24, seed) for seed in (1, 2, 3, 4)]
+
+
+@pytest.fixture(scope="session")
+def genes_tsv(train_slices) -> bytes:
+    return corpus.vocabulary(train_slices)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, tissue, train_slices, genes_tsv) -> Path:
+    """``train`` (4 slices, 160 windows) and ``val`` (another slice, 40 windows) of 6 x 5 cells and 24 genes."""
+    folder = tmp_path_factory.mktemp("shards")
+    corpus.write_split(folder / "train", "train", train_slices, genes_tsv, n_windows=40, m=24, h=6, w=5)
+    corpus.write_split(folder / "val", "val", [tissue.slice(20, 24, 9)], genes_tsv, n_windows=40, m=24, h=6, w=5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, shards) -> Path:
+    """A model folder after a short training run."""
+    out = tmp_path_factory.mktemp("run") / "model"
+    flags = "--steps 250 --batch-size 16 --lr 3e-3 --optimizer adamw --log-every 50 --val-every 125".split()
+    pretrain.main(["--shards", str(shards / "train"), "--out", str(out), *SMALL, *flags])
+    return out

@@ -1,0 +1,55 @@
+"""The loss of a pretraining run, beside that of predicting each gene's mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from workflow.plotting import CONTROL, MODEL, new_figure, save
+
+
+def read_metrics(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The `train` and the `val` lines of `metrics.jsonl`, by step; a step logged twice (resumed) counts as last logged."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    return tuple(
+        pd.DataFrame([line for line in lines if line["kind"] == kind], columns=["kind", "step", *columns])
+        .drop_duplicates("step", keep="last")
+        .sort_values("step")
+        for kind, columns in (("train", ["loss", "patches_per_s"]), ("val", ["masked_mse", "gene_mean_mse"]))
+    )
+
+
+def verdict(val: pd.DataFrame) -> str:
+    """What the last validation says."""
+    if not len(val):
+        return "no held-out windows: nothing to compare with"
+    model, baseline = val.iloc[-1][["masked_mse", "gene_mean_mse"]]
+    side = "below" if model < baseline else "not below"
+    change = f" ({model / baseline - 1:+.1%})" if baseline > 0 else ""
+    return f"held-out windows: masked MSE {model:.4f}, {side} the gene means' {baseline:.4f}{change}"
+
+
+def draw(train: pd.DataFrame, val: pd.DataFrame):
+    """Loss against step; of many logged steps a running mean is drawn over the points."""
+    figure, axes = new_figure(figsize=(10, 5))
+    dense = len(train) > 50
+    axes.plot(train["step"], train["loss"], color=CONTROL, alpha=0.3 if dense else 1, linewidth=1, label="train")
+    if dense:
+        smooth = train["loss"].rolling(max(len(train) // 50, 2), min_periods=1).mean()
+        axes.plot(train["step"], smooth, color=CONTROL, linewidth=2, label="train, running mean")
+    axes.plot(val["step"], val["masked_mse"], "o-", color=MODEL, markersize=4, label="held-out windows")
+    axes.plot(val["step"], val["gene_mean_mse"], "--", color="black", label="held-out, each gene's training mean")
+    axes.set(xlabel="step", ylabel="masked MSE of normalised expression", title=verdict(val))
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    from workflow.logs import log_to
+
+    log_to(snakemake.log[0])  # noqa: F821
+    simulated = json.loads(Path(snakemake.input.config).read_text())["data"]["simulated"]  # noqa: F821
+    save(draw(*read_metrics(snakemake.input.metrics)), snakemake.output[0], simulated)  # noqa: F821

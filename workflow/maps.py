@@ -1,0 +1,87 @@
+"""Maps of the true domains beside those predicted from stpatch and from the strongest control."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from workflow.keys import Keys
+from workflow.plotting import domain_colours, draw_spots, new_figure, save
+from workflow.scoreboard import is_control
+
+MAX_SECTIONS = 4
+
+
+def best_columns(predictions: pd.DataFrame) -> dict[str, str]:
+    """Who is drawn: the column `protocol:method:head` of the highest accuracy over all predicted spots, of either side."""
+    predicted = [name for name in predictions.columns if name.count(":") == 2]
+    accuracy = {name: correct(predictions, name) for name in predicted}
+    sides = {"stpatch": [], "strongest control": []}
+    for name in predicted:
+        sides["strongest control" if is_control(name.split(":")[1]) else "stpatch"].append(name)
+    return {side: max(names, key=accuracy.get) for side, names in sides.items() if names}
+
+
+def correct(predictions: pd.DataFrame, column: str) -> float:
+    """Fraction of the predicted spots whose label was met; NaN without any."""
+    tested = predictions[predictions[column] != ""]
+    return float((tested[column] == tested["label"]).mean())
+
+
+def draw(dataset: str, predictions: pd.DataFrame, places: dict[str, np.ndarray]):
+    """One row a section: truth, stpatch, strongest control; spots that were not predicted stay white.
+
+    Parameters
+    ----------
+    places
+        Section name -> float [n_spots, 2], pixels of the curated slice's spots.
+    """
+    sections = sorted(predictions["section"].unique())
+    shown, domains = sections[:MAX_SECTIONS], sorted(predictions["label"].unique())
+    columns = {"true": "label", **best_columns(predictions)}
+    colours = domain_colours(len(domains))
+    size = (4.3 * len(columns), 1.2 + 4.0 * len(shown))
+    figure, axes = new_figure(len(shown), len(columns), figsize=size, squeeze=False)
+    for row, section in enumerate(shown):
+        of_section = predictions[predictions["section"] == section]
+        xy = places[section][of_section["spot"]]
+        for axis, (title, column) in zip(axes[row], columns.items(), strict=True):
+            code = pd.Categorical(of_section[column], categories=domains).codes.astype(float)
+            code[code < 0] = np.nan
+            draw_spots(axis, xy, code, cmap=colours, clim=(-0.5, len(domains) - 0.5))
+            if column == "label":
+                axis.set_title(f"{section}: {title}")
+            else:
+                _, method, head = column.split(":")
+                axis.set_title(f"{title}: accuracy {correct(of_section, column):.3f}\n{method}, {head}")
+    for index, name in enumerate(domains):
+        axes[0, 0].plot([], [], "o", color=colours(index), label=name)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(domains), 8))
+    protocols = {column.split(":")[0] for column in columns.values()} - {"label"}
+    rest = "" if len(shown) == len(sections) else f" (the first {len(shown)} of {len(sections)} sections)"
+    title = f"{dataset}, {', '.join(protocols)}{rest}"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+if __name__ == "__main__":
+    from workflow.logs import log_to
+
+    log_to(snakemake.log[0])  # noqa: F821
+    given, dataset = snakemake.input, snakemake.wildcards.dataset  # noqa: F821
+    predictions = pd.read_csv(given.predictions, sep="\t", keep_default_na=False, dtype=str)
+    predictions["spot"] = predictions["spot"].astype(int)
+    notes = pd.read_csv(given.notes, sep="\t", dtype=str, keep_default_na=False)
+    if len(predictions):
+        places = {}
+        for path in given.slices:
+            slice_ = ad.read_h5ad(path, backed="r")
+            places[str(slice_.uns[Keys.STPATCH]["slice"])] = slice_.obsm[Keys.SPATIAL]
+            slice_.file.close()
+        figure = draw(dataset, predictions, places)
+    else:
+        figure, axes = new_figure(figsize=(8, 2))
+        axes.set_axis_off()
+        axes.text(0, 0.5, f"{dataset}: no section has labels, nothing to map")
+    save(figure, snakemake.output[0], simulated=bool((notes["kind"] == "simulated").any()))  # noqa: F821

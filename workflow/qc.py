@@ -1,0 +1,72 @@
+"""Overview of the admitted slices (spots, counts, genes) and of those that were rejected or set apart."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from workflow.keys import Keys
+from workflow.plotting import CONTROL, MAX_ROWS, MODEL, draw_ranges, list_rows, new_figure, page, save, table
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """A table of rule admit, all strings, without its version line."""
+    return pd.read_csv(path, sep="\t", skiprows=1, dtype=str, keep_default_na=False, quoting=3)
+
+
+def depth(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and genes seen of each spot, int64 [n_spots] each; the matrix itself is not read."""
+    with h5py.File(path, "r") as slice_:
+        return slice_[f"obs/{Keys.TOTAL_COUNTS}"][:], np.diff(slice_["X/indptr"][:].astype(np.int64))
+
+
+def draw(names: list[str], depths: list[tuple[np.ndarray, np.ndarray]], evaluated: set[str], n_admitted: int):
+    """Spots, counts and genes a spot, one row a slice."""
+    colours = [CONTROL if name in evaluated else MODEL for name in names]
+    figure, axes = new_figure(1, 3, figsize=(13, 1.7 + 0.3 * len(names)), sharey=True)
+    axes[0].barh(range(len(names)), [len(counts) for counts, _ in depths], color=colours, alpha=0.8)
+    axes[0].set(title="spots in tissue", xlabel="spots")
+    draw_ranges(axes[1], [counts[counts > 0] for counts, _ in depths], colours)
+    axes[1].set(title="counts of a spot", xlabel="counts (5-95%, 25-75%, median)", xscale="log")
+    draw_ranges(axes[2], [genes for _, genes in depths], colours)
+    axes[2].set(title="genes seen in a spot", xlabel="genes (5-95%, 25-75%, median)")
+    list_rows(axes[0], names)
+    shown = "" if len(names) == n_admitted else f" (the first {len(names)} of {n_admitted})"
+    for colour, role in ((MODEL, "pretraining"), (CONTROL, "evaluation")):
+        axes[0].plot([], [], "s", color=colour, label=role)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle(f"Admitted slices{shown}", x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+def rejected(quarantine: pd.DataFrame, duplicates: pd.DataFrame, simulated: bool) -> str:
+    """The page of rejected and duplicate slices."""
+    stamp = '<p class="simulated">Simulated data.</p>' if simulated else ""
+    return page(
+        "Rejected slices",
+        f"{stamp}<h2>Quarantine: {len(quarantine)}</h2>"
+        + table(quarantine, "No slice was rejected.")
+        + f"<h2>Duplicates: {len(duplicates)}</h2>"
+        + table(duplicates, "No two slices hold the same tissue.")
+        + f'<p class="small">{html.escape("Codes are those of workflow/errors.py; each row says what to do next.")}</p>',
+    )
+
+
+if __name__ == "__main__":
+    from workflow.logs import log_to
+
+    log_to(snakemake.log[0])  # noqa: F821
+    given = snakemake.input  # noqa: F821
+    admitted = read_table(given.admitted)
+    # A slice may stand in two roles: pretraining wins the colour only if it is not evaluated.
+    evaluated = set(admitted["slice"][~admitted["split"].isin(["train", "val"])])
+    names = sorted(set(admitted["slice"]))
+    simulated = bool((admitted["source"] == "simulated").any())
+    depths = [depth(path) for path in given.slices]
+    save(draw(names[:MAX_ROWS], depths, evaluated, len(names)), snakemake.output.figure, simulated)  # noqa: F821
+    tables = read_table(given.quarantine), read_table(given.duplicates)
+    Path(snakemake.output.rejected).write_text(rejected(*tables, simulated))  # noqa: F821

@@ -1,0 +1,198 @@
+"""The score table of one dataset: methods by heads and protocols, controls beside the model, and who wins."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from workflow.plotting import CONTROL, MODEL, list_rows, new_figure, page, save, table
+
+SUFFIX_MARKS = {"": "o", "+centred": "D", "+standardised": "^"}
+SHOWN = {"accuracy": "accuracy", "ari": "ARI"}
+ORDER = ["majority", "coordinates", "coordinates_section", "raw", "pca"]
+ORDER += ["neighbour_mean_6", "neighbour_mean_18", "neighbour_mean_36", "untrained", "stpatch"]
+
+
+def split_suffix(method: str) -> tuple[str, str]:
+    """`pca+centred` -> (`pca`, `+centred`)."""
+    base, plus, suffix = method.partition("+")
+    return base, plus + suffix
+
+
+def is_control(method: str) -> bool:
+    """Everything but the pretrained model itself; the untrained encoder is a control."""
+    return not method.startswith("stpatch")
+
+
+def pooled(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row a (protocol, head, method, split), a column a metric, over all tested spots of the split.
+
+    The majority class, which has no head, stands under every head.
+    """
+    rows = scores[scores["section"] == "pooled"]
+    heads = [head for head in rows["head"].unique() if head != "none"]
+    headless = rows[rows["head"] == "none"]
+    rows = pd.concat([rows[rows["head"] != "none"]] + [headless.assign(head=head) for head in heads])
+    return rows.pivot(index=["protocol", "head", "method", "split"], columns="metric", values="value")
+
+
+def verdicts(by_split: pd.DataFrame) -> pd.DataFrame:
+    """The model's best against the strongest control, for each protocol and metric.
+
+    Both sides choose among all their variants and heads by the mean over splits, so the choice favours neither;
+    `higher_in` counts the splits in which the model's side scores higher.
+    """
+    rows = []
+    for protocol, of_protocol in by_split.groupby(level="protocol", sort=False):
+        for metric in SHOWN:
+            mean = of_protocol[metric].groupby(level=["method", "head"], sort=False).mean()
+            control = np.array([is_control(method) for method, _ in mean.index])
+            if control.all() or not control.any():
+                continue
+            best = {side: mean[chosen].idxmax() for side, chosen in (("model", ~control), ("control", control))}
+            split = {
+                side: of_protocol[metric].xs(key, level=["method", "head"]).droplevel("protocol").sort_index()
+                for side, key in best.items()
+            }
+            difference = split["model"] - split["control"]
+            rows.append(
+                {
+                    "protocol": protocol,
+                    "metric": metric,
+                    "model": ", ".join(best["model"]),
+                    "model_value": mean[best["model"]],
+                    "control": ", ".join(best["control"]),
+                    "control_value": mean[best["control"]],
+                    "difference": difference.mean(),
+                    "higher_in": f"{int((difference > 0).sum())} of {len(difference)} splits",
+                    "verdict": "beats it" if difference.mean() > 0 else "does not beat it",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def ordered(methods) -> list[str]:
+    """Methods in the order of the table: controls first, the model last, suffixes after the plain method."""
+    rank = {name: index for index, name in enumerate(ORDER)}
+    return sorted(methods, key=lambda method: (rank.get(split_suffix(method)[0], len(ORDER)), split_suffix(method)))
+
+
+def draw(dataset: str, by_split: pd.DataFrame):
+    """Mean and spread over splits of every method; a line where the strongest control stands."""
+    settings = list(dict.fromkeys((protocol, head) for protocol, head, *_ in by_split.index))
+    bases = list(dict.fromkeys(split_suffix(method)[0] for method in ordered(by_split.index.unique("method"))))
+    size = (4.2 + 2.7 * len(settings), 1.6 + 0.28 * len(bases) * len(SHOWN))
+    figure, axes = new_figure(len(SHOWN), len(settings), figsize=size, sharey=True, squeeze=False, sharex="row")
+    for row, (metric, title) in enumerate(SHOWN.items()):
+        for axis, (protocol, head) in zip(axes[row], settings, strict=True):
+            values = by_split.loc[(protocol, head), metric].groupby(level="method").agg(["mean", "std"]).fillna(0)
+            best = values.loc[[is_control(method) for method in values.index], "mean"].max()
+            axis.axvline(best, color=CONTROL, linestyle=":", linewidth=1.5)
+            for method, (mean, spread) in values.iterrows():
+                base, suffix = split_suffix(method)
+                place = bases.index(base) + {"": 0, "+centred": 0.22, "+standardised": -0.22}[suffix]
+                colour = CONTROL if is_control(method) else MODEL
+                strongest = is_control(method) and mean == best
+                axis.errorbar(
+                    mean, place, xerr=spread, color=colour, marker=SUFFIX_MARKS[suffix], markersize=8 if strongest else 5,
+                    markeredgecolor="black" if strongest else colour, linewidth=1, zorder=3 if strongest else 2,
+                )  # fmt: skip
+            axis.set(title=f"{protocol}, {head}", xlabel=title)
+            axis.grid(axis="y", color="#EEEEEE")
+            axis.set_axisbelow(True)
+        list_rows(axes[row, 0], bases)
+        for label in axes[row, 0].get_yticklabels():
+            label.set_color(CONTROL if is_control(label.get_text()) else MODEL)
+    for suffix, mark in SUFFIX_MARKS.items():
+        axes[0, 0].plot([], [], mark, color="grey", label=f"each section {suffix[1:]}" if suffix else "as it is")
+    for colour, label in ((CONTROL, "control"), (MODEL, "stpatch (pretrained)")):
+        axes[0, 0].plot([], [], "s", color=colour, label=label)
+    axes[0, 0].plot([], [], ":", color=CONTROL, label="strongest control (ringed)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.suptitle(f"{dataset}: mean and standard deviation over splits, all tested spots", x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+def score_table(by_split: pd.DataFrame) -> str:
+    """HTML table: a row a method, mean and standard deviation over splits; the strongest control is starred."""
+    means = by_split.groupby(level=["protocol", "head", "method"], sort=False).mean()
+    spreads = by_split.groupby(level=["protocol", "head", "method"], sort=False).std()
+    settings = list(dict.fromkeys((protocol, head) for protocol, head, _ in means.index))
+    metrics = [metric for metric in ("accuracy", "macro_f1", "ari", "nmi") if metric in means]
+    methods = ordered(by_split.index.unique("method"))
+    strongest = {
+        (protocol, head, metric): means.loc[(protocol, head), metric].filter(filter(is_control, methods)).idxmax()
+        for protocol, head in settings
+        for metric in metrics
+    }
+    head_row = "".join(f'<th colspan="{len(metrics)}">{html.escape(f"{p}, {h}")}</th>' for p, h in settings)
+    rows = [
+        f"<tr><th></th><th></th>{head_row}</tr>",
+        "<tr><th>method</th><th></th>" + "".join(f"<th>{metric}</th>" for metric in metrics) * len(settings) + "</tr>",
+    ]
+    body = []
+    for method in methods:
+        cells = []
+        for protocol, head in settings:
+            for metric in metrics:
+                mean, spread = (frame.loc[(protocol, head, method), metric] for frame in (means, spreads))
+                star = method == strongest[protocol, head, metric]
+                text = f"{mean:.3f}" + (f" ± {spread:.3f}" if np.isfinite(spread) else "") + (" ★" if star else "")
+                cells.append(f'<td class="number{" best" if star else ""}">{text}</td>')
+        role, style = ("control", "") if is_control(method) else ("pretrained", ' class="model"')
+        body.append(f"<tr{style}><td>{html.escape(method)}</td><td>{role}</td>{''.join(cells)}</tr>")
+    return f"<table><thead>{''.join(rows)}</thead><tbody>\n" + "\n".join(body) + "</tbody></table>"
+
+
+def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_contamination: bool) -> str:
+    """The whole page: alarm and stamp where they belong, verdicts, table, notes."""
+    parts = []
+    if allow_contamination:
+        parts.append(
+            '<p class="alarm">allow_contamination is on: slices that match an evaluation slice were kept in pretraining. '
+            "Scores of stpatch below are not those of unseen tissue.</p>"
+        )
+    simulated = notes[notes["kind"] == "simulated"]
+    if len(simulated):
+        what = sorted(set(simulated["section"]) - {""}) + sorted(set(simulated["detail"][simulated["method"] != ""]))
+        parts.append(f'<p class="simulated">Simulated data: {html.escape(", ".join(what))}.</p>')
+    if not len(scores):
+        parts.append("<p>No section of this dataset has labels: there is nothing to score.</p>")
+    else:
+        by_split = pooled(scores)
+        parts.append("<h2>Does pretraining beat the strongest control?</h2>")
+        shown = verdicts(by_split).round({"model_value": 3, "control_value": 3, "difference": 3})
+        parts.append(table(shown.rename(columns=lambda name: name.replace("_", " ")), "Only controls were scored."))
+        parts.append("<h2>All methods</h2>")
+        parts.append(score_table(by_split))
+        parts.append(
+            '<p class="small">Mean ± standard deviation over splits, over all tested spots of a split. ★ strongest '
+            "control of the column. random20 puts neighbours of training spots to the test: a method that knows "
+            "nothing but the position does well there.</p>"
+        )
+    parts.append("<h2>Notes</h2>")
+    parts.append(table(notes[notes["kind"] != "simulated"], "Nothing was left out."))
+    return page(f"Scores: {dataset}", "\n".join(parts))
+
+
+if __name__ == "__main__":
+    from workflow.logs import log_to
+
+    log_to(snakemake.log[0])  # noqa: F821
+    scores = pd.read_csv(snakemake.input.scores, sep="\t")  # noqa: F821
+    notes = pd.read_csv(snakemake.input.notes, sep="\t", dtype=str, keep_default_na=False)  # noqa: F821
+    dataset, output = snakemake.wildcards.dataset, snakemake.output  # noqa: F821
+    contaminated = snakemake.params.allow_contamination  # noqa: F821
+    if len(scores):
+        figure = draw(dataset, pooled(scores))
+    else:
+        figure, axes = new_figure(figsize=(8, 2))
+        axes.set_axis_off()
+        axes.text(0, 0.5, f"{dataset}: no section has labels, nothing to score")
+    if contaminated:
+        figure.text(0.5, 0.995, "allow_contamination is on", color="#CC3311", ha="center", va="top", fontweight="bold")
+    save(figure, output.figure, simulated=bool((notes["kind"] == "simulated").any()))
+    Path(output.page).write_text(scores_page(dataset, scores, notes, contaminated), encoding="utf-8")
