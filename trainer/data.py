@@ -102,8 +102,7 @@ class Shards:
                 expected = f"sha256 {index[part]['sha256']} (index.json)"
                 raise DamagedShards(file, found=found, expected=expected, next_step=REBUILD)
         self.vocabulary = Vocabulary.read(self.folder / index["genes"]["file"])
-        self.samples = np.load(self.folder / index["samples"]["file"], allow_pickle=False)
-        self._check_samples()
+        self.samples = self._read_samples(self.folder / index["samples"]["file"])
         self.names = [shard["name"] for shard in index["shards"]]
         self.tars = [self._map(row, shard) for row, shard in enumerate(index["shards"])]
 
@@ -174,16 +173,20 @@ class Shards:
         offset, nbytes = int(sample[f"{member}_offset"]), int(sample[f"{member}_nbytes"])
         return memoryview(self.tars[sample["shard"]])[offset : offset + nbytes]
 
-    def _check_samples(self) -> None:
-        file = self.folder / self.index["samples"]["file"]
-        if self.samples.dtype != SAMPLE:
-            raise DamagedShards(file, found=str(self.samples.dtype), expected=str(SAMPLE), next_step=REBUILD)
+    def _read_samples(self, file: Path) -> np.ndarray:
+        try:
+            samples = np.load(file, allow_pickle=False)
+        except ValueError as error:
+            raise DamagedShards(file, found=str(error), expected="a plain array", next_step=REBUILD) from error
+        if samples.dtype != SAMPLE:
+            raise DamagedShards(file, found=str(samples.dtype), expected=str(SAMPLE), next_step=REBUILD)
         promised = [shard["samples"] for shard in self.index["shards"]]
-        found = np.bincount(self.samples["shard"], minlength=len(promised)).tolist()
-        if found != promised or len(self.samples) != self.index["n_samples"]:
+        found = np.bincount(samples["shard"], minlength=len(promised)).tolist()
+        if found != promised or len(samples) != self.index["n_samples"]:
             expected = f"{self.index['n_samples']} samples, {promised} by shard (index.json)"
-            found = f"{len(self.samples)} samples, {found} by shard"
+            found = f"{len(samples)} samples, {found} by shard"
             raise DamagedShards(file, found=found, expected=expected, next_step=REBUILD)
+        return samples
 
     def _map(self, row: int, shard: dict) -> mmap.mmap:
         """Map a tar; its size and the name in its first sample must be those recorded."""

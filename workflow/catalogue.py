@@ -40,7 +40,9 @@ def _explain(error) -> str:
         hints = []
         for key in unknown:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hints.append(f"unknown key '{where + '.' if where else ''}{key}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+            hints.append(
+                f"unknown key '{where + '.' if where else ''}{key}'" + (f" (did you mean '{near[0]}'?)" if near else "")
+            )
         return ", ".join(hints)
     return f"'{where or '(top level)'}': {error.message}"
 
@@ -53,6 +55,11 @@ def resolve(path: str, root: Path) -> str:
     return str(in_repository) if in_repository.exists() else path
 
 
+def columns() -> list[str]:
+    """Columns of a table of slices, in order."""
+    return list(yaml.safe_load((SCHEMAS / "catalogue.schema.yaml").read_text())["properties"])
+
+
 def load_catalogue(path: str | Path) -> list[dict[str, str]]:
     """Rows of one table of slices, checked.
 
@@ -63,7 +70,9 @@ def load_catalogue(path: str | Path) -> list[dict[str, str]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CatalogueError(f"catalogue {path}: no such file. Next step: check `catalogue` and `downstream` in the config.")
+        raise CatalogueError(
+            f"catalogue {path}: no such file. Next step: check `catalogue` and `downstream` in the config."
+        )
     schema = yaml.safe_load((SCHEMAS / "catalogue.schema.yaml").read_text())
     columns = list(schema["properties"])
     validator = Draft202012Validator(schema)
@@ -79,7 +88,9 @@ def load_catalogue(path: str | Path) -> list[dict[str, str]]:
             raise CatalogueError(f"catalogue {path}: {', '.join(hints)}; expected the columns {', '.join(columns)}.")
         for number, raw in enumerate(reader, start=2):
             if None in raw or None in raw.values():
-                raise CatalogueError(f"catalogue {path}, line {number}: the number of fields is not that of the header ({len(header)}).")
+                raise CatalogueError(
+                    f"catalogue {path}, line {number}: the number of fields is not that of the header ({len(header)})."
+                )
             row = {name: (raw.get(name) or "").strip() for name in columns}
             for error in validator.iter_errors(row):
                 raise CatalogueError(f"catalogue {path}, line {number}, slice {row['slice']!r}: {_explain(error)}.")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numcodecs import blosc
+
+from workflow.codec import decode
 
 
 class Window(NamedTuple):
@@ -50,20 +51,11 @@ def first_window(path: str | Path, name: str) -> Window:
     folder, row = Path(path).parent, [entry["slice"] for entry in index["slices"]].index(name)
     sample = samples[(samples["slice"] == row) & (samples["window"] == 0)][0]
     tar = np.memmap(folder / index["shards"][sample["shard"]]["name"], dtype=np.uint8, mode="r")
-    m, h, w = index["m"], index["h"], index["w"]
-    about = json.loads(_member(tar, sample, "json"))
-    counts = np.frombuffer(blosc.decompress(_member(tar, sample, "counts")), dtype="<u2").reshape(m, h, w)
-    sites = blosc.decompress(_member(tar, sample, "sites"))
-    genes = pd.read_csv(folder / index["genes"]["file"], sep="\t", comment="#", keep_default_na=False)
-    genes = genes.iloc[np.frombuffer(sites, dtype="<i4", count=m)]
-    return Window(
-        y=about["y"],
-        x=about["x"],
-        counts=counts,
-        totals=np.frombuffer(sites, dtype="<f4", offset=4 * m).reshape(h, w),
-        gene_ids=genes["gene_id"].to_numpy(dtype=object),
-        symbols=genes["symbol"].to_numpy(dtype=object),
-    )
+    parts = (_member(tar, sample, part) for part in ("counts", "sites", "json"))
+    counts, genes, totals, about = decode(*parts)
+    vocabulary = pd.read_csv(folder / index["genes"]["file"], sep="\t", comment="#", keep_default_na=False)
+    ids, symbols = (vocabulary[column].to_numpy(dtype=object)[genes] for column in ("gene_id", "symbol"))
+    return Window(about["y"], about["x"], counts, totals, ids, symbols)
 
 
 def _member(tar: np.ndarray, sample: np.void, name: str) -> bytes:

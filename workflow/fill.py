@@ -35,7 +35,9 @@ def draw(rows: list[tuple[str, str, float, np.ndarray]], n_slices: int, about: d
     for split, colour in SPLIT_COLOURS.items():
         axes[0].plot([], [], "s", color=colour, label=split)
     handles = [axis.get_legend_handles_labels() for axis in (axes[0], axes[2])]
-    figure.legend(sum((h for h, _ in handles), []), sum((t for _, t in handles), []), loc="outside lower center", ncols=3)
+    figure.legend(
+        sum((h for h, _ in handles), []), sum((t for _, t in handles), []), loc="outside lower center", ncols=3
+    )
     shown = "" if len(rows) == n_slices else f" (the first {len(rows)} of {n_slices} slices)"
     figure.suptitle(
         f"Windows of {about['h']} x {about['w']} cells x {about['m']} genes ({about['selection']}){shown}",

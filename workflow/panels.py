@@ -81,7 +81,9 @@ def draw(slice_: ad.AnnData, grid, window: Window, drawn: bool, target_sum: floa
     values = draw_cells(axes[3], expression[gene], observed, cmap=EXPRESSION)
     axes[3].set_title("4  normalised: log1p(count / total x 1e4)".replace("1e4", f"{target_sum:g}"))
     for panel, image in ((axes[2], counts), (axes[3], values)):
-        panel.set_xlabel(f"{name}, varies most of {len(window.counts)} drawn" if drawn else f"{name}, varies most of all")
+        panel.set_xlabel(
+            f"{name}, varies most of {len(window.counts)} drawn" if drawn else f"{name}, varies most of all"
+        )
         panel.set(xticks=[], yticks=[])
         for side in panel.spines.values():
             side.set(visible=True, edgecolor=ACCENT, linewidth=2.2)

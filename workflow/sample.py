@@ -89,7 +89,11 @@ class Field:
         self.totals = pad(grid.total_counts, self.window, np.float32(0))
         self.array_row, self.array_col = pad(grid.array_row, self.window, -1), pad(grid.array_col, self.window, -1)
         self.counts, self._cells, self._codes, self._genes, levels, level_of = _unpack(
-            np.ascontiguousarray(grid.counts), position, len(self.genes), *self.mask.shape
+            np.ascontiguousarray(grid.counts),
+            position,
+            len(self.genes),
+            *self.mask.shape,
+            np.count_nonzero(grid.counts),
         )
         # The few distinct counts of a cell are normalised once each; the sparse entries point at them.
         values = log_normalise(levels, np.repeat(self.totals.ravel(), np.diff(level_of)), target_sum)
@@ -242,41 +246,39 @@ def _nearby_order(origins: np.ndarray, band: int = 4) -> np.ndarray:
 
 
 @njit(cache=True)
-def _unpack(counts, position, n_genes, height, width):
+def _unpack(counts, position, n_genes, height, width, nonzero):
     """Dense counts by gene; and by cell the sparse entries, each a gene and a row of the cell's distinct counts."""
     by_gene = np.zeros((n_genes, height, width), dtype=np.uint16)
     cells = np.zeros(height * width + 1, dtype=np.int64)
-    for y in range(counts.shape[0]):
-        for x in range(counts.shape[1]):
-            nonzero = 0
-            for k in range(counts.shape[2]):
-                nonzero += (counts[y, x, k] != 0) & (position[k] >= 0)
-            cells[y * width + x + 1] = nonzero
-    cells = np.cumsum(cells)
-    genes = np.empty(cells[-1], dtype=np.uint32)
-    codes = np.empty(cells[-1], dtype=np.uint16)
-    levels = np.empty(cells[-1], dtype=np.uint16)
+    genes = np.empty(nonzero, dtype=np.uint32)
+    codes = np.empty(nonzero, dtype=np.uint16)
+    levels = np.empty(nonzero, dtype=np.uint16)
     level_of = np.zeros(height * width + 1, dtype=np.int64)
     code_of = np.full(65536, -1, dtype=np.int64)
+    columns = np.empty(counts.shape[2] + 1, dtype=np.int64)
     at, n_levels = 0, 0
     for cell in range(height * width):
         y, x = cell // width, cell % width
         first = n_levels
         if y < counts.shape[0] and x < counts.shape[1]:
-            for k in range(counts.shape[2]):
-                count = counts[y, x, k]
-                if count != 0 and position[k] >= 0:
+            n_columns = 0
+            for k in range(counts.shape[2]):  # without a branch: most counts are 0, unforeseeably
+                columns[n_columns] = k
+                n_columns += counts[y, x, k] != 0
+            for k in columns[:n_columns]:
+                gene, count = position[k], counts[y, x, k]
+                if gene >= 0:
                     if code_of[count] < 0:
                         code_of[count] = n_levels - first
                         levels[n_levels] = count
                         n_levels += 1
-                    genes[at], codes[at] = position[k], code_of[count]
-                    by_gene[position[k], y, x] = count
+                    genes[at], codes[at] = gene, code_of[count]
+                    by_gene[gene, y, x] = count
                     at += 1
         for level in range(first, n_levels):
             code_of[levels[level]] = -1
-        level_of[cell + 1] = n_levels
-    return by_gene, cells, codes, genes, levels[:n_levels].copy(), level_of
+        cells[cell + 1], level_of[cell + 1] = at, n_levels
+    return by_gene, cells, codes[:at].copy(), genes[:at].copy(), levels[:n_levels].copy(), level_of
 
 
 @njit(cache=True)
@@ -310,9 +312,10 @@ def _move(sums, cells, genes, codes, level_of, levels, width, old_y, old_x, y, x
 def _finish(sums, n, scale):
     """Population variance from integer sums over n cells."""
     variance = np.empty(len(sums))
+    unit = 1.0 / (scale * n)
     for gene in range(len(sums)):
-        mean = sums[gene, 0] / scale / n
-        variance[gene] = max(0.0, sums[gene, 1] / scale / n - mean * mean)
+        mean = sums[gene, 0] * unit
+        variance[gene] = max(0.0, sums[gene, 1] * unit - mean * mean)
     return variance
 
 

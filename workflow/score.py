@@ -232,21 +232,22 @@ if __name__ == "__main__":
     from workflow.logs import log_to
 
     log_to(snakemake.log[0])  # noqa: F821
+    given, params, output = snakemake.input, snakemake.params, snakemake.output  # noqa: F821
     with threadpool_limits(limits=1):  # sums in the same order on any machine
-        sections = [load_section(path) for path in snakemake.input.slices]  # noqa: F821
-        loaded = {
-            model: [load_embedding(path, section) for path, section in zip(snakemake.input[model], sections, strict=True)]  # noqa: F821
+        sections = [load_section(path) for path in given.slices]
+        embedded = {
+            model: [load_embedding(path, section) for path, section in zip(given[model], sections, strict=True)]
             for model in ("untrained", "stpatch")
         }
         scored = score(
             snakemake.wildcards.dataset,  # noqa: F821
             sections,
-            {model: [x for x, _ in by_section] for model, by_section in loaded.items()},
-            heads=snakemake.params.heads,  # noqa: F821
-            protocol_names=snakemake.params.protocols,  # noqa: F821
-            n_splits=snakemake.params.splits,  # noqa: F821
-            seed=snakemake.params.seed,  # noqa: F821
-            target_sum=snakemake.params.target_sum,  # noqa: F821
-            pretrained_on_simulated=any(about.get("simulated", "").lower() == "true" for _, about in loaded["stpatch"]),
+            {model: [x for x, _ in by_section] for model, by_section in embedded.items()},
+            heads=params.heads,
+            protocol_names=params.protocols,
+            n_splits=params.splits,
+            seed=params.seed,
+            target_sum=params.target_sum,
+            pretrained_on_simulated=any(about.get("simulated", "").lower() == "true" for _, about in embedded["stpatch"]),
         )
-    write(scored, snakemake.output.scores, snakemake.output.predictions, snakemake.output.notes)  # noqa: F821
+    write(scored, output.scores, output.predictions, output.notes)

@@ -112,7 +112,9 @@ def draw(dataset: str, by_split: pd.DataFrame):
         axes[0, 0].plot([], [], "s", color=colour, label=label)
     axes[0, 0].plot([], [], ":", color=CONTROL, label="strongest control (ringed)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.suptitle(f"{dataset}: mean and standard deviation over splits, all tested spots", x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(
+        f"{dataset}: mean and standard deviation over splits, all tested spots", x=0.01, ha="left", fontweight="bold"
+    )
     return figure
 
 
@@ -152,7 +154,7 @@ def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_c
     parts = []
     if allow_contamination:
         parts.append(
-            '<p class="alarm">allow_contamination is on: slices that match an evaluation slice were kept in pretraining. '
+            '<p class="alarm">allow_contamination is on: pretraining slices that match an evaluation slice are kept (see the duplicates). '
             "Scores of stpatch below are not those of unseen tissue.</p>"
         )
     simulated = notes[notes["kind"] == "simulated"]

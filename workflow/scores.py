@@ -19,7 +19,9 @@ def gather(tables: list[str | Path]) -> str:
     for table in tables:
         lines = Path(table).read_text().splitlines(keepends=True)
         if lines[:1] != [header]:
-            raise ValueError(f"{table}: found the header {lines[:1]}; expected {header!r}. Next step: rebuild the table.")
+            raise ValueError(
+                f"{table}: found the header {lines[:1]}; expected {header!r}. Next step: rebuild the table."
+            )
         rows += lines[1:]
     return header + "".join(rows)
 

@@ -141,7 +141,9 @@ def write_split(
     return folder
 
 
-def write_whole(file: Path, counts: np.ndarray, totals: np.ndarray, spot: np.ndarray, genes_tsv: bytes, genes=None) -> Path:
+def write_whole(
+    file: Path, counts: np.ndarray, totals: np.ndarray, spot: np.ndarray, genes_tsv: bytes, genes=None
+) -> Path:
     """A whole slice; ``genes`` names the rows of the vocabulary that it measured (default: all)."""
     genes = np.arange(len(counts)) if genes is None else genes
     name, (m, h, w) = file.stem, counts.shape

@@ -49,7 +49,10 @@ def reference_loss(model, values, genes, observed, masked) -> float:
     def norm(name, x):
         mean = sum(x) / len(x)
         spread = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + 1e-5)
-        return [(v - mean) / spread * g + b for v, g, b in zip(x, weights[f"{name}.weight"], weights[f"{name}.bias"], strict=True)]
+        return [
+            (v - mean) / spread * g + b
+            for v, g, b in zip(x, weights[f"{name}.weight"], weights[f"{name}.bias"], strict=True)
+        ]
 
     def block(name, sites, heads, seen):
         d = len(sites[0])
@@ -97,7 +100,9 @@ def reference_loss(model, values, genes, observed, masked) -> float:
         for s, x in enumerate(sites):
             for k in range(CFG.m):
                 if masked[b, s, k] and seen[s]:
-                    predicted = sum(a * c for a, c in zip(x, e[k], strict=True)) + weights["gene_bias.weight"][genes[b, k]][0]
+                    predicted = (
+                        sum(a * c for a, c in zip(x, e[k], strict=True)) + weights["gene_bias.weight"][genes[b, k]][0]
+                    )
                     total, number = total + (predicted - values[b, s, k].item()) ** 2, number + 1
     return total / number
 
@@ -225,7 +230,12 @@ class TestMasks:
 
     def test_they_change_with_seed_epoch_and_position(self):
         base = self.mask()
-        for other in (self.mask(seed=1), self.mask(epoch=1), self.mask(epoch=masks.VALIDATION), self.mask(self.positions + 40)):
+        for other in (
+            self.mask(seed=1),
+            self.mask(epoch=1),
+            self.mask(epoch=masks.VALIDATION),
+            self.mask(self.positions + 40),
+        ):
             assert 0.3 < (base != other).float().mean() < 0.54  # independent draws differ in 2 x .3 x .7 = .42
 
     @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.75])

@@ -1,0 +1,45 @@
+"""Shards become a pretrained encoder.
+
+In: `<results>/shards/{train,val}/index.json`, the trainer's settings (`pretrain.config`).
+Out: `<results>/pretrain/{run}/` with `model.safetensors`, `config.json`, `genes.tsv`, `metrics.jsonl` and the model
+card `README.md`. On a cluster without GPUs, say `--set-resources train:gpu=0 embed:gpu=0`.
+"""
+
+
+# The rule is called train, because `pretrain` is the target in the Snakefile.
+rule train:
+    input:
+        train="<results>/shards/train/index.json",
+        val="<results>/shards/val/index.json",
+        config=resolve(config["pretrain"]["config"], ROOT),
+    output:
+        model="<results>/pretrain/{run}/model.safetensors",
+        config="<results>/pretrain/{run}/config.json",
+        genes="<results>/pretrain/{run}/genes.tsv",
+        metrics="<results>/pretrain/{run}/metrics.jsonl",
+        card="<results>/pretrain/{run}/README.md",
+    log:
+        "<results>/logs/train/{run}.log",
+    benchmark:
+        "<results>/benchmarks/train/{run}.tsv"
+    conda:
+        "../envs/train.yaml"
+    threads: 8
+    resources:
+        mem_mb=8000,
+        gpu=1,
+    params:
+        python=trainer_python(),
+        shards=lambda w, input: Path(input.train).parent,
+        val_shards=lambda w, input: Path(input.val).parent,
+        out=lambda w, output: Path(output.model).parent,
+        # Fields of the `pretrain` section lie over its file: `batch_size: 64` becomes `--batch-size 64`.
+        flags=[
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in config["pretrain"].items()
+            if name != "config"
+        ],
+    shell:
+        # The progress shows on the terminal too.
+        "{params.python} -m trainer.pretrain --shards {params.shards:q} --val-shards {params.val_shards:q}"
+        " --out {params.out:q} --config {input.config:q} {params.flags:q} 2>&1 | tee {log:q}"

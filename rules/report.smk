@@ -1,0 +1,194 @@
+"""Figures with captions, and the one HTML file that holds them all.
+
+In: slices, grids, shards, the model's `metrics.jsonl`, the tables of `admit` and `score`.
+Out: `<results>/report/*`, `<results>/report.html`.
+"""
+
+MAX_PANELS = 24  # slices that get four panels of their own; the captions say so
+MAX_OVERVIEW = 60  # rows of the overview figures
+
+
+report: "captions/workflow.rst"
+
+
+def index_of(name):
+    """The index of the shards that hold the slice's windows; none for a slice that is only evaluated."""
+    return [f"<results>/shards/{split}/index.json" for split in ("train", "val") if name in admitted(split)][:1]
+
+
+def overview(*splits):
+    """The first slices of these splits, as many as an overview figure lists."""
+    return admitted(*splits)[:MAX_OVERVIEW]
+
+
+rule panels:
+    input:
+        slice="<results>/slices/{slice}.h5ad",
+        grid="<results>/grids/{slice}.zarr",
+        index=lambda w: index_of(w.slice),
+    output:
+        report(
+            "<results>/report/panels/{slice}.png",
+            caption="captions/panels.rst",
+            category="1 Slices",
+            labels={"slice": "{slice}", "figure": "from slice to window"},
+        ),
+    log:
+        "<results>/logs/panels/{slice}.log",
+    params:
+        window=config["window"],
+        target_sum=config["target_sum"],
+    resources:
+        mem_mb=6000,
+    conda:
+        "../envs/eval.yaml"
+    script:
+        "../workflow/panels.py"
+
+
+rule qc:
+    input:
+        slices=lambda w: expand("<results>/slices/{slice}.h5ad", slice=overview()),
+        admitted="<results>/curate/admitted.tsv",
+        quarantine="<results>/curate/quarantine.tsv",
+        duplicates="<results>/curate/duplicates.tsv",
+    output:
+        figure=report(
+            "<results>/report/qc.png",
+            caption="captions/qc.rst",
+            category="1 Slices",
+            labels={"slice": "(all)", "figure": "spots, counts, genes"},
+        ),
+        rejected=report(
+            "<results>/report/quarantine.html",
+            caption="captions/quarantine.rst",
+            category="1 Slices",
+            labels={"slice": "(all)", "figure": "rejected and duplicate slices"},
+        ),
+    log:
+        "<results>/logs/qc/qc.log",
+    resources:
+        mem_mb=4000,
+    conda:
+        "../envs/eval.yaml"
+    script:
+        "../workflow/qc.py"
+
+
+rule fill:
+    input:
+        index=expand("<results>/shards/{split}/index.json", split=["train", "val"]),
+        grids=lambda w: expand("<results>/grids/{slice}.zarr", slice=overview("train", "val")),
+    output:
+        report(
+            "<results>/report/fill.png",
+            caption="captions/fill.rst",
+            category="2 Windows",
+            labels={"figure": "grid fill and windows"},
+        ),
+    log:
+        "<results>/logs/fill/fill.log",
+    params:
+        slices=lambda w: overview("train", "val"),
+    resources:
+        mem_mb=4000,
+    conda:
+        "../envs/eval.yaml"
+    script:
+        "../workflow/fill.py"
+
+
+rule curve:
+    input:
+        metrics=f"<results>/pretrain/{RUN}/metrics.jsonl",
+        config=f"<results>/pretrain/{RUN}/config.json",
+    output:
+        report(
+            "<results>/report/curve.png",
+            caption="captions/curve.rst",
+            category="3 Pretraining",
+            labels={"figure": "loss"},
+        ),
+    log:
+        "<results>/logs/curve/curve.log",
+    resources:
+        mem_mb=2000,
+    conda:
+        "../envs/eval.yaml"
+    script:
+        "../workflow/curve.py"
+
+
+rule scoreboard:
+    input:
+        scores="<results>/metrics/{dataset}/scores.tsv",
+        notes="<results>/metrics/{dataset}/notes.tsv",
+    output:
+        figure=report(
+            "<results>/report/scores/{dataset}.png",
+            caption="captions/scoreboard.rst",
+            category="4 Scores",
+            labels={"dataset": "{dataset}", "figure": "methods and controls"},
+        ),
+        page=report(
+            "<results>/report/scores/{dataset}.html",
+            caption="captions/scoreboard.rst",
+            category="4 Scores",
+            labels={"dataset": "{dataset}", "figure": "table and verdicts"},
+        ),
+    log:
+        "<results>/logs/scoreboard/{dataset}.log",
+    params:
+        allow_contamination=config["allow_contamination"],
+    resources:
+        mem_mb=2000,
+    conda:
+        "../envs/eval.yaml"
+    script:
+        "../workflow/scoreboard.py"
+
+
+rule maps:
+    input:
+        slices=lambda w: expand("<results>/slices/{slice}.h5ad", slice=admitted(w.dataset)),
+        predictions="<results>/metrics/{dataset}/predictions.tsv.gz",
+        notes="<results>/metrics/{dataset}/notes.tsv",
+    output:
+        report(
+            "<results>/report/maps/{dataset}.png",
+            caption="captions/maps.rst",
+            category="5 Maps",
+            labels={"dataset": "{dataset}", "figure": "true and predicted domains"},
+        ),
+    log:
+        "<results>/logs/maps/{dataset}.log",
+    resources:
+        mem_mb=4000,
+    conda:
+        "../envs/eval.yaml"
+    script:
+        "../workflow/maps.py"
+
+
+# No conda: the nested call needs the Snakemake that runs this. Local: it reads the run's own records.
+rule report:
+    input:
+        lambda w: expand("<results>/report/panels/{slice}.png", slice=admitted()[:MAX_PANELS]),
+        rules.qc.output,
+        rules.fill.output,
+        rules.curve.output,
+        lambda w: expand("<results>/report/scores/{dataset}.png", dataset=scored_datasets()),
+        lambda w: expand("<results>/report/scores/{dataset}.html", dataset=scored_datasets()),
+        lambda w: expand("<results>/report/maps/{dataset}.png", dataset=scored_datasets()),
+    output:
+        "<results>/report.html",
+    log:
+        "<results>/logs/report/report.log",
+    params:
+        config=config,
+        snakefile=str(workflow.main_snakefile),
+    resources:
+        mem_mb=2000,
+    localrule: True
+    script:
+        "../workflow/report.py"

@@ -1,0 +1,112 @@
+"""A folder as a finished run leaves it, made of tiny simulated slices without running the pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import save_file
+
+from tests.trainer import corpus
+from workflow.grid import make_grid, write_grid
+from workflow.simulate import tiny_slice
+
+SLICES = {"train0": "train", "train1": "train", "val0": "val", "test_a": "Tiny", "test_b": "Tiny"}
+QUARANTINE = {
+    "slice": "broken",
+    "stage": "curate",
+    "code": "not_counts",
+    "file": "broken.h5ad",
+    "found": "values with fractions, such as 0.693",
+    "expected": "raw integer counts",
+    "next_step": "give the raw counts",
+}
+
+
+def embeddings(slice_, noise: float, seed: int) -> dict[str, np.ndarray]:
+    """The planted domain, one-hot, under noise."""
+    codes = slice_.obs["label"].cat.codes.to_numpy()
+    x = np.eye(codes.max() + 1)[codes] + noise * np.random.default_rng(seed).normal(size=(len(codes), codes.max() + 1))
+    return {"X": x.astype(np.float32), "spot": np.arange(len(codes), dtype=np.int32)}
+
+
+def write_table(path: Path, name: str, rows: list[dict], columns: list[str]) -> None:
+    text = pd.DataFrame(rows, columns=columns).to_csv(sep="\t", index=False, lineterminator="\n")
+    path.write_text(f"# stpatch {name} 1\n{text}")
+
+
+def make(results: Path) -> None:
+    """Everything below `results` that rules score and report read."""
+    for folder in ("slices", "grids", "curate", "pretrain/model", "embeddings/stpatch", "embeddings/untrained"):
+        (results / folder).mkdir(parents=True)
+    gridded, rows = {}, []
+    for seed, (name, split) in enumerate(SLICES.items()):
+        slice_ = tiny_slice(seed=seed // 2, shape=(30, 60), n_genes=60, name=name)
+        slice_.write_h5ad(results / f"slices/{name}.h5ad")
+        grid = make_grid(slice_, "offset", 100)
+        write_grid(grid, results / f"grids/{name}.zarr")
+        gridded[name] = (np.moveaxis(grid.counts, -1, 0), grid.total_counts, grid.spot)
+        rows.append({"slice": name, "dataset": "tiny", "split": split, "source": "simulated", "n_spots": slice_.n_obs})
+        if split == "Tiny":
+            for model, noise in (("stpatch", 0.3), ("untrained", 2.0)):
+                about = {"format_version": "1", "slice": name, "model": model, "simulated": "true"}
+                path = results / f"embeddings/{model}/{name}.safetensors"
+                save_file(embeddings(slice_, noise, seed), path, metadata=about)
+
+    write_table(results / "curate/admitted.tsv", "admitted", rows, list(rows[0]))
+    write_table(results / "curate/quarantine.tsv", "quarantine", [QUARANTINE], list(QUARANTINE))
+    write_table(results / "curate/duplicates.tsv", "duplicates", [], ["slice", "duplicate_of", "evidence"])
+    train = [gridded["train0"], gridded["train1"]]
+    for split, slices in (("train", train), ("val", [gridded["val0"]])):
+        genes_tsv = corpus.vocabulary(train)
+        corpus.write_split(results / f"shards/{split}", split, slices, genes_tsv, n_windows=30, m=20, h=8, w=8)
+
+    steps = range(10, 1001, 10)
+    lines = [{"kind": "train", "step": step, "loss": 0.5 + 0.3 * np.exp(-step / 200)} for step in steps]
+    lines += [
+        {"kind": "val", "step": step, "masked_mse": 0.55 + 0.3 * np.exp(-step / 200), "gene_mean_mse": 0.8}
+        for step in range(100, 1001, 100)
+    ]
+    model = results / "pretrain/model"
+    (model / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (model / "config.json").write_text(json.dumps({"format_version": 1, "data": {"simulated": True}}))
+
+
+SNAKEFILE = '''
+import os
+from pathlib import Path
+
+ROOT, RUN, DATASETS = Path({root!r}), "model", ["Empty", "Tiny"]
+
+configfile: ROOT / "config.yaml"
+
+pathvars:
+    results=config["results"],
+
+# Jobs find `workflow` here as they do below the repository's own Snakefile.
+os.environ["PYTHONPATH"] = str(ROOT)
+
+checkpoint admit:
+    input:
+        "made/admitted.tsv",
+    output:
+        admitted="<results>/curate/admitted.tsv",
+    shell:
+        "cp {{input}} {{output}}"
+
+def admitted(*splits):
+    lines = Path(checkpoints.admit.get().output.admitted).read_text().splitlines()[1:]
+    rows = [dict(zip(lines[0].split("\\t"), line.split("\\t"))) for line in lines[1:]]
+    return sorted({{row["slice"] for row in rows if not splits or row["split"] in splits}})
+
+rule all:
+    default_target: True
+    input:
+        "<results>/metrics/scores.tsv",
+        "<results>/report.html",
+
+include: ROOT / "rules/evaluate.smk"
+include: ROOT / "rules/report.smk"
+'''

@@ -1,0 +1,174 @@
+"""Whole slices to one vector a spot."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.trainer import corpus
+from trainer import embed
+from trainer.errors import DamagedShards, VocabularyMismatch
+from trainer.expression import log_normalise
+from trainer.model import load
+
+
+def read(file):
+    with safe_open(file, "np") as opened:
+        return opened.get_tensor("X"), opened.get_tensor("spot"), opened.metadata()
+
+
+def run(model_folder, out, *files, flags=()):
+    embed.main(
+        ["--model", str(model_folder), "--shards", *map(str, files), "--out", str(out), "--device", "cpu", *flags]
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory, tissue, genes_tsv):
+    """Whole slices: a usual one, one smaller than a window on both sides, one that measured half of the genes."""
+    folder, made = tmp_path_factory.mktemp("slices"), {}
+    for name, (H, W), genes in (
+        ("usual", (20, 24), None),
+        ("small", (4, 3), None),
+        ("half", (13, 11), np.arange(0, 60, 2)),
+    ):
+        counts, totals, spot = tissue.slice(H, W, seed=20 + len(made))
+        kept = np.arange(60) if genes is None else genes
+        file = corpus.write_whole(folder / f"{name}.tar", counts[kept], totals, spot, genes_tsv, kept)
+        made[name] = (file, counts[kept], totals, spot, kept)
+    return made
+
+
+@pytest.mark.parametrize("name", ["usual", "small", "half"])
+def test_every_observed_spot_is_embedded_once(model_folder, slices, tmp_path, name):
+    file, _, _, spot, _ = slices[name]
+    X, rows, metadata = read(run(model_folder, tmp_path / "x.safetensors", file))
+    assert rows.tolist() == list(range((spot >= 0).sum()))
+    assert rows.dtype == np.int32
+    assert X.shape == (len(rows), 32)
+    assert X.dtype == np.float32
+    assert np.isfinite(X).all()
+    assert metadata == {
+        "format_version": "1", "slice": name, "model": "model", "genes_used": "24", "stride": "3", "simulated": "true"
+    }  # fmt: skip
+
+
+def test_the_same_slice_gives_the_same_bytes(model_folder, slices, tmp_path):
+    files = [run(model_folder, tmp_path / f"{i}.safetensors", slices["usual"][0]) for i in range(2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_embedding_is_the_mean_over_the_windows_that_cover_the_spot(model_folder, slices, tmp_path):
+    """Against a plain transcription of the rule, one window at a time."""
+    file, counts, totals, spot, genes = slices["half"]
+    model, _, _ = load(model_folder)
+    seen = totals > 0
+    values = np.log1p(counts * np.divide(1e4, totals, out=np.zeros_like(totals), where=seen))
+    chosen = sorted(sorted(range(30), key=lambda k: -values[k][seen].var())[:24])
+    sums, number = np.zeros((13, 11, 32)), np.zeros((13, 11, 1))
+    for y in (0, 3, 6, 7):  # windows of 6 x 5, stride 3, the last flush with the border
+        for x in (0, 3, 6):
+            window = torch.from_numpy(values[chosen, y : y + 6, x : x + 5]).float()
+            with torch.no_grad():
+                features = model.encode(
+                    window.flatten(1).T[None],
+                    torch.from_numpy(genes[chosen])[None],
+                    torch.from_numpy(seen[y : y + 6, x : x + 5]).flatten()[None],
+                )
+            sums[y : y + 6, x : x + 5] += features.view(6, 5, 32).numpy()
+            number[y : y + 6, x : x + 5] += 1
+    X, rows, _ = read(run(model_folder, tmp_path / "x.safetensors", file))
+    where = np.argwhere(spot >= 0)
+    for (y, x), row in zip(where, spot[spot >= 0], strict=True):
+        assert np.allclose(X[rows == row][0], sums[y, x] / number[y, x], atol=1e-5)
+
+
+def test_the_most_variable_genes_are_chosen(slices):
+    whole = embed.WholeSlice.read(slices["usual"][0])
+    seen = whole.totals > 0
+    dense = log_normalise(
+        torch.from_numpy(whole.counts[:, seen].astype(np.int64).T), torch.from_numpy(whole.totals[seen]).double(), 1e4
+    ).numpy()
+    expected = np.sort(np.argsort(-dense.var(0), kind="stable")[:10])
+    assert np.array_equal(embed.most_variable(whole, 1e4, 10), expected)
+    assert np.array_equal(embed.most_variable(whole, 1e4, 100), np.arange(60))
+
+
+def test_windows_reach_the_border_and_leave_no_cell_out():
+    assert embed.origins(20, 6, 3) == [0, 3, 6, 9, 12, 14]
+    assert embed.origins(12, 6, 3) == [0, 3, 6]
+    assert embed.origins(6, 6, 3) == embed.origins(3, 6, 3) == [0]
+    for length in range(1, 40):
+        for window in range(1, 12):
+            for stride in range(1, window + 1):
+                covered = {y + i for y in embed.origins(length, window, stride) for i in range(window)}
+                assert covered >= set(range(length))
+
+
+def test_a_spot_without_a_single_count_is_embedded_too(model_folder, tissue, genes_tsv, tmp_path):
+    counts, totals, spot = tissue.slice(12, 12, seed=5, holes=0)
+    counts[:, 3, 4], totals[3, 4] = 0, 0
+    counts[:, 6:, 5:], totals[6:, 5:] = 0, 0  # whole windows of them
+    file = corpus.write_whole(tmp_path / "s.tar", counts, totals, spot, genes_tsv)
+    X, rows, _ = read(run(model_folder, tmp_path / "x.safetensors", file))
+    assert rows.tolist() == list(range(144))
+    assert np.isfinite(X).all()
+
+
+def test_several_slices_go_into_a_folder(model_folder, slices, tmp_path):
+    files = [slices[name][0] for name in ("usual", "small")]
+    out = run(model_folder, tmp_path / "out", *files)
+    assert sorted(file.name for file in out.iterdir()) == ["small.safetensors", "usual.safetensors"]
+    with pytest.raises(SystemExit, match="expected a folder"):
+        run(model_folder, tmp_path / "x.safetensors", *files)
+
+
+def test_the_untrained_model_is_the_one_training_started_from(model_folder, slices, tmp_path):
+    trained, again = (read(run(model_folder, tmp_path / "a.safetensors", slices["usual"][0])) for _ in range(2))
+    control = read(run(model_folder, tmp_path / "u.safetensors", slices["usual"][0], flags=["--untrained"]))
+    assert np.array_equal(trained[0], again[0])
+    assert control[2]["model"] == "untrained"
+    assert not np.allclose(trained[0], control[0], atol=0.1)
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "genes.tsv"):  # it needs no weights
+        (tmp_path / "bare" / name).write_bytes((model_folder / name).read_bytes())
+    bare = read(run(tmp_path / "bare", tmp_path / "b.safetensors", slices["usual"][0], flags=["--untrained"]))
+    assert np.array_equal(bare[0], control[0])
+
+
+def test_stride_and_genes_can_be_set(model_folder, slices, tmp_path):
+    flags = ["--stride", "5", "--genes", "40"]
+    X, _, metadata = read(run(model_folder, tmp_path / "x.safetensors", slices["usual"][0], flags=flags))
+    assert (metadata["stride"], metadata["genes_used"]) == ("5", "40")
+    with pytest.raises(SystemExit, match="stride 6.*expected a stride of 1 to 5"):
+        run(model_folder, tmp_path / "x.safetensors", slices["usual"][0], flags=["--stride", "6"])
+
+
+def test_a_slice_of_another_vocabulary_or_normalisation_is_refused(
+    model_folder, slices, genes_tsv, tmp_path, monkeypatch
+):
+    _, counts, totals, spot, _ = slices["usual"]
+    file = corpus.write_whole(tmp_path / "other.tar", counts, totals, spot, genes_tsv + b"#")
+    config = json.loads((model_folder / "config.json").read_text())
+    with pytest.raises(VocabularyMismatch, match="other.tar: found genes_sha256 .*Next step"):
+        embed.read_for(config, file)
+    monkeypatch.setattr(corpus, "TARGET_SUM", 1e6)
+    file = corpus.write_whole(tmp_path / "scaled.tar", counts, totals, spot, genes_tsv)
+    with pytest.raises(VocabularyMismatch, match="scaled.tar: found target_sum 1000000.0; expected 10000.0"):
+        embed.read_for(config, file)
+
+
+def test_a_damaged_slice_is_named(slices, tmp_path):
+    content = slices["usual"][0].read_bytes()
+    file = tmp_path / "cut.tar"
+    for damaged in (content[:2000], b"", b"nonsense" * 200):
+        file.write_bytes(damaged)
+        with pytest.raises(DamagedShards, match="cut.tar"):
+            embed.WholeSlice.read(file)
+    with pytest.raises(DamagedShards, match=r"absent.tar: found FileNotFoundError"):
+        embed.WholeSlice.read(tmp_path / "absent.tar")

@@ -1,0 +1,269 @@
+"""The training run as a user starts it: settings, loop, model folder, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.trainer import corpus
+from tests.trainer.conftest import SMALL
+from trainer import config, pretrain
+from trainer.errors import ConfigError, NonFiniteLoss
+from trainer.files import as_safetensors
+from trainer.model import ModelConfig, load
+from trainer.pretrain import TrainConfig, learning_rate
+
+SETTINGS = (ModelConfig, TrainConfig)
+
+
+def lines(folder, kind):
+    return [
+        line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if line["kind"] == kind
+    ]
+
+
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def pretrain_in(out, shards, *flags):
+    pretrain.main(["--shards", str(shards / "train"), "--out", str(out), *SMALL, *map(str, flags)])
+    return out
+
+
+def test_a_short_run_predicts_held_out_windows_better_than_the_gene_means(model_folder):
+    """On a simulated corpus of low rank, starting from exactly the gene means."""
+    first, *_, last = lines(model_folder, "val")
+    assert first["step"] == 0
+    assert first["masked_mse"] == pytest.approx(first["gene_mean_mse"], rel=1e-6)
+    assert last["gene_mean_mse"] == first["gene_mean_mse"]  # the same windows, the same masks
+    assert last["masked_mse"] < 0.8 * last["gene_mean_mse"]
+
+
+def test_the_model_folder_is_complete(model_folder, shards):
+    assert sorted(file.name for file in model_folder.iterdir()) == [
+        "README.md", "config.json", "genes.tsv", "metrics.jsonl", "model.safetensors"
+    ]  # fmt: skip
+    facts = json.loads((model_folder / "config.json").read_text())
+    assert facts["format_version"] == 1
+    assert facts["train"]["steps"] == 250
+    assert facts["data"]["simulated"] is True
+    assert (
+        facts["data"]["genes"]["sha256"] == sha256(model_folder / "genes.tsv") == sha256(shards / "train" / "genes.tsv")
+    )
+    model, _, vocabulary = load(model_folder)
+    assert model.gene_embedding.weight.shape == (len(vocabulary.gene_ids), 32)
+    assert not model.training
+
+
+def test_the_card_says_simulated_and_gives_both_figures(model_folder):
+    card, last = (model_folder / "README.md").read_text(), lines(model_folder, "val")[-1]
+    assert "Trained on simulated data" in card
+    assert f"| model | {last['masked_mse']:.5f} |" in card
+    assert f"| each gene's training mean | {last['gene_mean_mse']:.5f} |" in card
+    assert "below the gene means" in card
+    assert "{" not in card
+
+
+def test_the_metrics_follow_the_format(model_folder):
+    train = lines(model_folder, "train")
+    assert [line["step"] for line in train] == [50, 100, 150, 200, 250]
+    keys = ["kind", "step", "samples", "epoch", "loss", "lr", "patches_per_s", "seconds"]
+    assert all(list(line) == keys for line in train)
+    assert train[-1]["samples"] == 250 * 16  # 160 windows make 10 full batches
+    assert train[-1]["epoch"] == 25
+    assert [line["step"] for line in lines(model_folder, "val")] == [0, 125, 250]
+
+
+def test_two_runs_of_one_seed_give_the_same_bytes(shards, tmp_path):
+    flags = ("--steps", 12, "--lr", 1e-3)
+    runs = [
+        pretrain_in(tmp_path / name, shards, *flags, "--seed", seed, "--workers", workers)
+        for name, seed, workers in (("a", 0, 1), ("b", 0, 3), ("c", 1, 1))
+    ]
+    hashes = [sha256(run / "model.safetensors") for run in runs]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_progress_line_gives_loss_speed_and_time_left(shards, tmp_path, capsys):
+    pretrain_in(tmp_path, shards, "--steps", 4, "--log-every", 2)
+    out = capsys.readouterr().out
+    assert "160 windows of 6 x 5 x 24 (simulated data), 40 held out" in out
+    assert "step 4/4  epoch 0.80  loss " in out
+    assert "(gene mean " in out
+    assert " patches/s  0:00 left" in out
+
+
+def test_epochs_count_where_no_steps_are_given(shards, tmp_path):
+    pretrain_in(tmp_path, shards, "--epochs", 1.5, "--batch-size", 64)  # 3 batches an epoch: 64, 64, 32
+    last = lines(tmp_path, "train")[-1]
+    assert (last["step"], last["samples"]) == (5, 160 + 128)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 1e-3\nwidth: 64\nepochs: 3\n")
+    model, train = config.settings(file, {"lr": "5e-4", "heads": None}, *SETTINGS)
+    assert model == {"width": 64}
+    assert train == {"lr": 5e-4, "epochs": 3.0}
+    assert TrainConfig(**train).batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bach_size: 32", "unknown key 'bach_size'.*did you mean 'batch_size'"),
+        ("unit: spot", "unknown key 'unit'"),
+        ("steps: 1.5", "key 'steps': found 1.5; expected a whole number"),
+        ("steps: true", "key 'steps': found True; expected a whole number"),
+        ("lr: fast", "key 'lr': found 'fast'; expected a number"),
+        ("optimizer: 3", "key 'optimizer': found 3; expected text"),
+        ("- lr", "expected `knob: value` lines"),
+        ("lr: [", "expected a YAML file"),
+    ],
+)
+def test_a_wrong_setting_is_refused_and_named(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"run.yaml.*{message}"):
+        config.settings(file, {}, *SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mask_ratio": 1.0}, {"batch_size": 0}, {"optimizer": "sgd"}, {"lr": -1.0}, {"lr": math.nan}, {"workers": 0}],
+)
+def test_a_setting_out_of_range_is_refused(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} .*; expected"):
+        TrainConfig(**wrong)
+
+
+def test_an_error_ends_the_command_with_one_readable_line(shards, tmp_path):
+    with pytest.raises(SystemExit, match="^error: .*found steps -1; expected at least 0"):
+        pretrain_in(tmp_path, shards, "--steps", -1)
+    with pytest.raises(SystemExit, match="^error: .*nowhere/index.json"):
+        pretrain.main(["--shards", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name", ["paper.yaml", "small.yaml", "demo.yaml"])
+def test_the_shipped_configs_are_valid(name):
+    model, train = config.settings(ROOT / "trainer/configs" / name, {}, *SETTINGS)
+    ModelConfig(n_genes=1000, m=512, h=16, w=16, **model)
+    TrainConfig(**train)
+
+
+def test_the_papers_config_holds_the_papers_settings():
+    model, train = config.settings(ROOT / "trainer/configs/paper.yaml", {}, *SETTINGS)
+    assert {"width": 256, "depth": 6, "heads": 8, "feed_forward": 1024, "decoder_depth": 2}.items() <= model.items()
+    paper = {"optimizer": "adam", "lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "epochs": 40.0}
+    assert (paper | {"batch_size": 32, "mask_ratio": 0.3}).items() <= train.items()
+    for cls, values in zip(SETTINGS, (model, train), strict=True):  # and so do the defaults
+        assert all(config.knobs(cls)[name].default == value for name, value in values.items())
+
+
+def test_the_learning_rate_warms_up_and_falls_along_half_a_cosine():
+    cfg = TrainConfig(steps=110, warmup=10, lr=1.0)
+    rates = [learning_rate(step, cfg) for step in range(110)]
+    assert np.allclose(rates[:11], np.arange(1, 12) / 11)
+    assert rates[60] == pytest.approx(0.5)
+    assert np.all(np.diff(rates[10:]) < 0)
+    assert 0 < rates[-1] < 1e-3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_model(shards, tmp_path):
+    with pytest.raises(SystemExit, match="loss .*at step [0-9]+, learning rate 9.97e.29.*expected finite numbers.*--clip"):
+        pretrain_in(tmp_path, shards, "--steps", 30, "--lr", 1e30)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert issubclass(NonFiniteLoss, ValueError)
+
+
+def test_a_rerun_that_fails_leaves_no_older_model_behind(shards, tmp_path):
+    pretrain_in(tmp_path, shards, "--steps", 1)
+    assert (tmp_path / "model.safetensors").exists()
+    with pytest.raises(SystemExit):
+        pretrain_in(tmp_path, shards, "--steps", 30, "--lr", 1e30)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_only_matrices_decay(shards):
+    model, _ = torch.nn.Linear(3, 4), None
+    model.gene_embedding = torch.nn.Embedding(5, 3)
+    decayed, rest = pretrain.make_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
+    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3)]
+    assert sorted(tuple(p.shape) for p in rest["params"]) == [(4,), (5, 3)]
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0)
+
+
+def test_a_run_without_held_out_windows_says_so(shards, tmp_path):
+    genes_tsv = (shards / "train" / "genes.tsv").read_bytes()
+    empty = corpus.write_split(tmp_path / "val", "val", [], genes_tsv, 0, 24, 6, 5)
+    out = pretrain_in(tmp_path / "out", shards, "--steps", 2, "--val-shards", empty)
+    assert lines(out, "val") == []
+    assert "There were none" in (out / "README.md").read_text()
+
+
+def test_an_empty_training_split_is_refused(shards, tmp_path):
+    genes_tsv = (shards / "train" / "genes.tsv").read_bytes()
+    empty = corpus.write_split(tmp_path / "train", "train", [], genes_tsv, 0, 24, 6, 5)
+    with pytest.raises(SystemExit, match="found no windows"):
+        pretrain.main(["--shards", str(empty), "--out", str(tmp_path / "out")])
+
+
+def test_a_device_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert pretrain.pick_device("auto").type == "cpu"
+    for name in ("cuda", "abacus"):
+        with pytest.raises(ConfigError, match=f"found device {name}"):
+            pretrain.pick_device(name)
+
+
+def test_a_model_folder_with_another_vocabulary_is_refused(model_folder, tmp_path):
+    for file in model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "genes.tsv").write_text((tmp_path / "genes.tsv").read_text().replace("G1\t", "G01\t"))
+    with pytest.raises(ValueError, match="genes.tsv: found sha256 .*config.json"):
+        load(tmp_path)
+
+
+def test_an_unfinished_model_folder_is_refused(model_folder, tmp_path):
+    with pytest.raises(ConfigError, match="expected a model folder"):
+        load(tmp_path)
+    for name in ("config.json", "genes.tsv"):
+        (tmp_path / name).write_bytes((model_folder / name).read_bytes())
+    with pytest.raises(ConfigError, match="model.safetensors: found .*let the training finish"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="model.safetensors: found"):
+        load(tmp_path)
+
+
+def test_safetensors_have_the_same_bytes_whatever_the_order_of_their_metadata():
+    from safetensors.numpy import load as read
+
+    tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.arange(3, dtype=np.int32)}
+    metadata = {str(i): str(i * i) for i in range(20)}
+    written = {as_safetensors(tensors, metadata) for _ in range(5)}
+    written.add(as_safetensors(dict(reversed(tensors.items())), dict(reversed(metadata.items()))))
+    assert len(written) == 1
+    back = read(written.pop())
+    assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_every_knob_has_a_flag_and_a_line_of_help(capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(["--help"])
+    text = capsys.readouterr().out
+    for cls in SETTINGS:
+        for field in dataclasses.fields(cls):
+            if field.default is not dataclasses.MISSING:
+                assert f"--{field.name.replace('_', '-')} X" in text
+    assert "--unit" not in text
+    assert "--resume" not in text

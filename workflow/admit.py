@@ -1,0 +1,222 @@
+"""Which curated slices go on, and why the others don't.
+
+Everything that must hold for all slices at once is decided here, before any grid is made: organism, duplicates, the
+contamination guard, and whether a slice can be cut into windows at all. A slice that fails one test is listed and left
+out; the run fails only when more than `max_quarantined` of the slices do.
+"""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+
+import anndata as ad
+import h5py
+import numpy as np
+from anndata.io import read_elem
+
+from workflow.catalogue import columns
+from workflow.errors import CatalogueError, SliceError, TooFewGenes, WindowTooLarge
+from workflow.keys import Keys
+from workflow.layout import most_observed, place
+
+FORMAT_VERSION = 1
+QUARANTINE = ("slice", "stage", "code", "file", "found", "expected", "next_step")
+DUPLICATES = ("slice", "duplicate_of", "evidence")
+PRETRAINING = ("train", "val")
+SET_ASIDE = ("other_organism", "duplicate", "contamination")  # left out on purpose: no fault of the slice
+
+log = logging.getLogger("admit")
+
+
+@dataclass(frozen=True)
+class Curated:
+    """What admission needs to know of a curated slice; the matrix stays on disk.
+
+    Attributes
+    ----------
+    outline
+        AnnData without X: obs, obsm and uns.
+    quarantine
+        The row of the quarantine table if curation rejected the slice, else None.
+    files
+        sha256 of every input file, sorted.
+    """
+
+    slice: str
+    n_spots: int
+    n_genes: int
+    outline: ad.AnnData
+    quarantine: dict | None
+    files: tuple[str, ...]
+
+
+def read_outline(path) -> Curated:
+    """Read a curated slice without its matrix."""
+    with h5py.File(path) as file:
+        obs, obsm, uns = (read_elem(file[name]) for name in ("obs", "obsm", "uns"))
+        n_genes = file["var"][file["var"].attrs["_index"]].shape[0]
+    facts = uns[Keys.STPATCH]
+    rejected = facts.get(Keys.QUARANTINE)
+    return Curated(
+        slice=str(facts["slice"]),
+        n_spots=len(obs),
+        n_genes=n_genes,
+        outline=ad.AnnData(obs=obs, obsm=obsm, uns=uns),
+        quarantine=None if rejected is None else {name: str(rejected[name]) for name in QUARANTINE},
+        files=tuple(sorted(entry["sha256"] for entry in json.loads(facts["inputs"]))) if rejected is None else (),
+    )
+
+
+def check_windows(curated: Curated, layout, pitch_um, window, genes, min_observed) -> None:
+    """Raise if no window of the config can be cut from the slice.
+
+    Raises
+    ------
+    WindowTooLarge
+        Even the best window has less than `min_observed` of its cells observed.
+    TooFewGenes
+        Fewer genes than a window draws.
+    SliceError
+        The layout can't be made (`workflow.layout.place`).
+    """
+    placed = place(curated.outline, layout, pitch_um)
+    mask = np.zeros(placed.shape, dtype=bool)
+    mask[placed.y, placed.x] = True
+    best = most_observed(mask, tuple(window))
+    if best < min_observed:
+        raise WindowTooLarge(
+            slice=curated.slice,
+            found=f"a grid of {placed.shape[0]} x {placed.shape[1]} cells whose best {window[0]} x {window[1]} window "
+            f"is {best:.0%} observed",
+            expected=f"at least {min_observed:.0%} (min_observed)",
+            next_step="use a smaller window or min_observed, or leave the slice out",
+        )
+    if curated.n_genes < genes:
+        raise TooFewGenes(
+            slice=curated.slice,
+            found=f"{curated.n_genes} genes",
+            expected=f"at least the {genes} that a window draws",
+            next_step="lower `genes`, or leave the slice out (a targeted panel?)",
+        )
+
+
+def admit(slices: list[Curated], roles: list[dict], organism: str, allow_contamination: bool, **windows):
+    """Decide on every (slice, split) of the tables.
+
+    Parameters
+    ----------
+    slices
+        Every curated slice, rejected ones included.
+    roles
+        Rows of the tables, one a (slice, split).
+    organism
+        The corpus' organism; slices of another are set apart.
+    allow_contamination
+        Keep pretraining slices that are also evaluated.
+    **windows
+        `layout`, `pitch_um`, `window`, `genes`, `min_observed`, for `check_windows` of the pretraining slices.
+
+    Returns
+    -------
+    admitted, quarantined, duplicates
+        Rows of the three tables (docs/format.md).
+    """
+    by_name = {curated.slice: curated for curated in slices}
+    evaluated = {role["slice"]: role for role in roles if role["split"] not in PRETRAINING}
+    admitted, quarantined, duplicates = [], {}, []
+
+    def leave_out(role, code, found, expected, next_step):
+        row = (role["slice"], "admit", code, role["url"], found, expected, next_step)
+        quarantined.setdefault((role["slice"], code), dict(zip(QUARANTINE, row, strict=True)))
+
+    kept_files = {}
+    for role in roles:
+        name, curated = role["slice"], by_name[role["slice"]]
+        if curated.quarantine is not None:
+            quarantined.setdefault((name, curated.quarantine["code"]), curated.quarantine)
+            continue
+        if role["organism"] != organism:
+            found = f"organism {role['organism']}"
+            leave_out(
+                role, "other_organism", found, organism, f"set `organism: {role['organism']}` to build that corpus"
+            )
+            continue
+        if role["split"] in PRETRAINING:
+            twin = kept_files.setdefault(curated.files, name)
+            if twin != name:
+                duplicates.append(dict(zip(DUPLICATES, (name, twin, "same input files by sha256"), strict=True)))
+                leave_out(role, "duplicate", f"the files of {twin}", "files of its own", "remove the row")
+                continue
+            match = contaminates(role, curated, evaluated, by_name)
+            if match and not allow_contamination:
+                leave_out(
+                    role,
+                    "contamination",
+                    match,
+                    "no evaluated slice among the pretraining slices",
+                    "none needed: the slice is left out; `allow_contamination: true` keeps it, and the report says so",
+                )
+                continue
+            try:
+                check_windows(curated, **windows)
+            except SliceError as error:
+                quarantined.setdefault((name, error.code), error.as_row())
+                continue
+        admitted.append({**role, "n_spots": curated.n_spots, "n_genes": curated.n_genes})
+    return admitted, list(quarantined.values()), duplicates
+
+
+def contaminates(role: dict, curated: Curated, evaluated: dict, by_name: dict) -> str:
+    """How a pretraining slice matches an evaluated one ("" if it doesn't): by name, url, checksum or input files."""
+    if role["slice"] in evaluated:
+        return f"the slice is evaluated in {evaluated[role['slice']]['split']}"
+    for name, other in evaluated.items():
+        if role["url"] == other["url"] or (role["sha256"] and role["sha256"] == other["sha256"]):
+            return f"the file of {name}, evaluated in {other['split']}"
+        if curated.files and curated.files == by_name[name].files:
+            return f"the input files of {name}, evaluated in {other['split']}"
+    return ""
+
+
+def check_quarantine(n_slices: int, quarantined: list[dict], max_quarantined: float) -> None:
+    """Fail when too many slices were rejected; slices set aside on purpose don't count.
+
+    Raises
+    ------
+    CatalogueError
+        Lists every rejected slice with its reason.
+    """
+    rejected = {row["slice"]: row for row in quarantined if row["code"] not in SET_ASIDE}
+    allowed = math.floor(max_quarantined * n_slices + 1e-9)
+    if len(rejected) > allowed:
+        lines = [f"  {r['slice']}: [{r['code']}] found {r['found']}; {r['next_step']}" for r in rejected.values()]
+        raise CatalogueError(
+            f"{len(rejected)} of {n_slices} slices were rejected, more than max_quarantined = {max_quarantined} allows "
+            f"({allowed}). Next step: mend or remove them, or raise max_quarantined.\n" + "\n".join(lines)
+        )
+
+
+def write_table(path, kind: str, header, rows: list[dict]) -> None:
+    """Write one of the three tables, version line first; tabs and line ends inside a field become spaces."""
+    with open(path, "w", encoding="utf-8") as table:
+        table.write(f"# stpatch {kind} {FORMAT_VERSION}\n")
+        for fields in [header, *([row[name] for name in header] for row in rows)]:
+            table.write("\t".join(" ".join(str(field).split()) for field in fields) + "\n")
+
+
+if __name__ == "__main__":
+    from workflow.logs import log_to
+
+    log_to(snakemake.log[0])  # noqa: F821
+    params = dict(snakemake.params.items())  # noqa: F821
+    most, roles = params.pop("max_quarantined"), params.pop("roles")
+    slices = [read_outline(path) for path in snakemake.input]  # noqa: F821
+    admitted, quarantined, duplicates = admit(slices, roles, **params)
+    for row in quarantined:
+        log.warning("%s left out: [%s] found %s; expected %s", row["slice"], row["code"], row["found"], row["expected"])
+    check_quarantine(len(slices), quarantined, most)
+    output = snakemake.output  # noqa: F821
+    write_table(output.admitted, "admitted", [*columns(), "n_spots", "n_genes"], admitted)
+    write_table(output.quarantine, "quarantine", QUARANTINE, quarantined)
+    write_table(output.duplicates, "duplicates", DUPLICATES, duplicates)

@@ -1,0 +1,98 @@
+"""What every reader returns, and the errors that reading a damaged file ends in."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from workflow.errors import SliceError, Unreadable
+
+BARCODE = r"^[ACGTN]{8,}(-\d+)?$"
+
+
+@dataclass
+class Deposit:
+    """A slice as its source has it: all its spots, its own gene names, nothing judged yet but the shape."""
+
+    file: Path  # the one that holds the matrix; errors name it
+    files: list[Path]  # every file that was read
+    counts: sparse.csr_matrix  # [spots, features], whatever the source's dtype
+    spots: np.ndarray  # str [spots]: barcodes or spot ids
+    ids: np.ndarray  # str [features]: the source's gene ids, "" where it has none
+    symbols: np.ndarray  # str [features]: the source's symbols, "" where it has none
+    in_tissue: np.ndarray  # bool [spots]
+    array: np.ndarray | None  # int64 [spots, 2]: array row, array column; None where not given
+    pixels: np.ndarray | None  # float64 [spots, 2]: x, y; None where not given
+    obs: pd.DataFrame = field(default_factory=pd.DataFrame)  # the source's other columns, if it has any
+    organism: str = ""  # as the file itself states it
+
+
+@contextlib.contextmanager
+def reading(slice: str, path: Path) -> Iterator[None]:
+    """Turn what libraries raise on a damaged file into `Unreadable`."""
+    try:
+        yield
+    except SliceError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, RuntimeError) as error:
+        raise Unreadable(
+            slice=slice,
+            file=str(path),
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            expected="a whole, readable file",
+            next_step="fetch or copy the file again and compare its size or checksum with the source's",
+        ) from error
+
+
+def open_text(path: Path) -> io.TextIOBase:
+    """A text file, gzipped or not: told by its first bytes, not by its name."""
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig")
+
+
+def open_bytes(path: Path) -> io.BufferedIOBase:
+    """The bytes of a file, unpacked if it is gzipped."""
+    with open(path, "rb") as file:
+        gzipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if gzipped else open(path, "rb")
+
+
+def strings(values) -> np.ndarray:
+    """Any array of texts or bytes as an object array of `str`."""
+    return np.array([v.decode() if isinstance(v, bytes) else str(v) for v in np.asarray(values)], dtype=object)
+
+
+def looks_like_barcodes(names) -> bool:
+    """Whether most names are barcodes."""
+    names = pd.Series(names[:1000], dtype=object).astype(str)
+    return bool(len(names)) and bool(names.str.match(BARCODE).mean() > 0.5)
+
+
+def why_not_counts(matrix) -> str | None:
+    """What is wrong with a matrix that should hold raw counts, in words; None if nothing is.
+
+    Parameters
+    ----------
+    matrix
+        Sparse or dense [spots, features], any dtype.
+    """
+    values = matrix.data if sparse.issparse(matrix) else np.asarray(matrix).ravel()
+    if values.dtype == bool or not np.issubdtype(values.dtype, np.number):
+        return f"values of type {values.dtype}"
+    if np.issubdtype(values.dtype, np.floating):
+        if broken := int((~np.isfinite(values)).sum()):
+            return f"{broken} values that are NaN or infinite, of {values.size}"
+    if values.size and values.min() < 0:
+        return f"{int((values < 0).sum())} negative values, the least {values.min():.6g}: scaled or centred data"
+    fractions = values != np.rint(values)
+    if fractions.any():
+        return f"{int(fractions.sum())} fractions among {values.size} values, such as {values[fractions][0]:.6g}: normalised data"
+    return None

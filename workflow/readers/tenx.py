@@ -1,0 +1,285 @@
+"""Space Ranger folders and flat GEO files: the same files, in folders or behind a common prefix.
+
+What a file is, its name's end tells; how positions are laid out, their content tells:
+
+=============  ==========================================================================================
+matrix         ``*.h5`` (but molecule_info and probes), or ``matrix.mtx`` + ``barcodes.tsv`` + ``features.tsv`` or ``genes.tsv``
+positions      ``tissue_positions.csv`` or ``tissue_positions_list.csv`` (``.txt``, ``.tsv``), with a header line or without
+=============  ==========================================================================================
+
+Each may be gzipped, lie in a folder or follow a prefix that ends in ``_``, ``.`` or ``-``. Filtered matrices are preferred to
+unnamed ones, these to raw ones, h5 to MEX.
+
+Barcodes of matrix and positions must agree. Where fewer than half do, their ``-1`` suffixes are taken off on both sides,
+if that leaves them distinct. Positions belong to another sample where they then hold less than 90% of the barcodes, or where,
+of a filtered matrix (fewer than 95% of the listed spots), less than 90% lie in tissue: Space Ranger filters by tissue.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.io import mmread
+
+from workflow.errors import MissingFile, MissingPositions, PositionsMismatch, Transposed, UnknownFormat, Unreadable
+from workflow.readers.deposit import Deposit, looks_like_barcodes, open_bytes, open_text, reading, strings
+
+H5 = re.compile(r"(?<!molecule_info)(?<!probe_bc_matrix)\.h5$", re.IGNORECASE)
+MTX = re.compile(r"matrix\.mtx(\.gz)?$", re.IGNORECASE)
+BARCODES = re.compile(r"barcodes\.tsv(\.gz)?$", re.IGNORECASE)
+FEATURES = re.compile(r"(features|genes)\.tsv(\.gz)?$", re.IGNORECASE)
+POSITIONS = re.compile(r"tissue_positions(_list)?\.(csv|txt|tsv)(\.gz)?$", re.IGNORECASE)
+PARQUET = re.compile(r"tissue_positions\.parquet$", re.IGNORECASE)
+COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+
+FEWEST_SHARED = 0.9
+FILTERED_BELOW = 0.95
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix among the files: an h5, or the three files of a MEX."""
+
+    paths: tuple[Path, ...]
+    rank: tuple[int, bool]  # filtered before unnamed before raw; h5 before MEX
+
+    @property
+    def file(self) -> Path:
+        return self.paths[0]
+
+
+def read_tenx(slice: str, files: list[Path]) -> Deposit:
+    """Read a Space Ranger folder or flat prefixed files: matrix and positions, Gene Expression features only.
+
+    Raises
+    ------
+    MissingFile, UnknownFormat, Unreadable, Transposed, MissingPositions, PositionsMismatch
+    """
+    matrix = choose_matrix(slice, files)
+    read = read_h5 if len(matrix.paths) == 1 else read_mex
+    counts, spots, features = read(slice, matrix.paths)
+    table, path = read_positions(slice, files, matrix)
+    at = match_spots(slice, spots, table, path, raw=matrix.rank[0] == 2)
+    known = at >= 0
+    table = table.iloc[at[known]]
+    expressed = (features["type"] == "Gene Expression").to_numpy()
+    return Deposit(
+        file=matrix.file,
+        files=[*matrix.paths, path],
+        counts=counts[known][:, expressed],
+        spots=spots[known],
+        ids=features["id"].to_numpy()[expressed],
+        symbols=features["name"].to_numpy()[expressed],
+        in_tissue=(table["in_tissue"] == 1).to_numpy(),
+        array=table[["array_row", "array_col"]].to_numpy(np.int64),
+        pixels=table[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float),
+    )
+
+
+def choose_matrix(slice: str, files: list[Path]) -> Matrix:
+    """The best matrix among the files; more than one of the best kind is refused, for they may be several samples."""
+    found = [Matrix((path,), (_rank(path), False)) for path in files if H5.search(path.name)]
+    lonely = []
+    for mtx in (path for path in files if MTX.search(path.name)):
+        prefix = MTX.sub("", mtx.name)
+        partners = [
+            next(
+                (
+                    p
+                    for p in files
+                    if p.parent == mtx.parent and pattern.sub("", p.name) == prefix and pattern.search(p.name)
+                ),
+                None,
+            )
+            for pattern in (BARCODES, FEATURES)
+        ]
+        if all(partners):
+            found.append(Matrix((mtx, *partners), (_rank(mtx), True)))
+        else:
+            lonely.append(mtx)
+    if not found:
+        raise MissingFile(
+            slice=slice,
+            file=str(lonely[0] if lonely else files[0].parent),
+            found="matrix.mtx without barcodes.tsv and features.tsv (genes.tsv) of the same prefix"
+            if lonely
+            else "no matrix",
+            expected="a 10x h5, or matrix.mtx, barcodes.tsv and features.tsv (genes.tsv) side by side",
+            next_step="check the folder or the prefix in the catalogue's url",
+        )
+    best = min(matrix.rank for matrix in found)
+    candidates = [matrix for matrix in found if matrix.rank == best]
+    if len(candidates) > 1:
+        raise UnknownFormat(
+            slice=slice,
+            file=str(candidates[0].file),
+            found=f"{len(candidates)} matrices: {', '.join(str(m.file) for m in candidates[:4])}",
+            expected="the files of one slice",
+            next_step="give the slice's own folder, or the full prefix of its files, as the catalogue's url",
+        )
+    return candidates[0]
+
+
+def _rank(path: Path) -> int:
+    name = path.name.lower()
+    if path.parent.name.lower().endswith("bc_matrix"):
+        name = f"{path.parent.name.lower()}/{name}"
+    return 0 if "filtered" in name else 2 if "raw_" in name else 1
+
+
+def read_h5(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np.ndarray, pd.DataFrame]:
+    """A 10x h5 (Cell Ranger 3 layout): counts [spots, features] as CSR, barcodes, and features (id, name, type)."""
+    (path,) = paths
+    with reading(slice, path), h5py.File(path) as file:
+        group = file["matrix"]
+        spots = strings(group["barcodes"][:])
+        named = group["features"]
+        features = pd.DataFrame(
+            {
+                "id": strings(named["id"][:]),
+                "name": strings(named["name"][:]),
+                "type": strings(named["feature_type"][:]),
+            },
+            dtype=object,
+        )
+        shape = tuple(int(n) for n in group["shape"][:])
+        _check_shape(slice, path, shape, features["id"], spots)
+        # The file holds features x barcodes by column, which read by row is barcodes x features.
+        parts = (group["data"][:], group["indices"][:].astype(np.int64), group["indptr"][:].astype(np.int64))
+        counts = sparse.csr_matrix(parts, shape=shape[::-1])
+        counts.check_format()
+    return counts, spots, features
+
+
+def read_mex(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np.ndarray, pd.DataFrame]:
+    """matrix.mtx, barcodes.tsv, features.tsv (or genes.tsv, without types): as `read_h5`."""
+    mtx, barcodes, names = paths
+    with reading(slice, barcodes), open_text(barcodes) as file:
+        spots = np.array([line.split("\t")[0].strip().strip('"') for line in file if line.strip()], dtype=object)
+    with reading(slice, names), open_text(names) as file:
+        rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+        features = pd.DataFrame(
+            {
+                "id": [row[0].strip('"') for row in rows],
+                "name": [row[1].strip('"') if len(row) > 1 else "" for row in rows],
+                "type": [row[2].strip('"') if len(row) > 2 else "Gene Expression" for row in rows],
+            },
+            dtype=object,
+        )
+    with reading(slice, mtx), open_bytes(mtx) as file:
+        matrix = mmread(file)
+    _check_shape(slice, mtx, matrix.shape, features["id"], spots)
+    return sparse.csr_matrix(matrix.T), spots, features
+
+
+def _check_shape(slice: str, path: Path, shape: tuple[int, ...], genes, spots) -> None:
+    """features x barcodes, as 10x writes it; the other way round is told apart from a file that is merely broken."""
+    if looks_like_barcodes(genes) and not looks_like_barcodes(spots):
+        raise Transposed(
+            slice=slice,
+            file=str(path),
+            found=f"barcodes where features belong ({genes[0]}) and features where barcodes belong ({spots[0]})",
+            expected="features x barcodes",
+            next_step="exchange the two lists and transpose the matrix",
+        )
+    wanted = (len(genes), len(spots))
+    if shape == wanted:
+        return
+    kind, found = (Transposed, "barcodes x features") if shape == wanted[::-1] else (Unreadable, "a matrix")
+    raise kind(
+        slice=slice,
+        file=str(path),
+        found=f"{found} of {shape[0]} x {shape[1]} with {wanted[0]} features and {wanted[1]} barcodes listed",
+        expected=f"features x barcodes, {wanted[0]} x {wanted[1]}",
+        next_step="check that the three lists belong together, and transpose the matrix if it is the wrong way round",
+    )
+
+
+def read_positions(slice: str, files: list[Path], matrix: Matrix) -> tuple[pd.DataFrame, Path]:
+    """The positions that go with a matrix, columns as Space Ranger 2 names them.
+
+    Of several, those with the matrix's own prefix count, and ``tissue_positions`` before ``tissue_positions_list``.
+    """
+    found = [path for path in files if POSITIONS.search(path.name)]
+    if len(found) > 1:
+        prefix = _sample(matrix.file)
+        found = [path for path in found if POSITIONS.sub("", path.name).removesuffix("spatial_") == prefix] or found
+    if len(found) > 1:
+        found = [path for path in found if "_list" not in path.name] or found
+    if len(found) != 1:
+        parquet = [path.name for path in files if PARQUET.search(path.name)]
+        raise (MissingPositions if not found else PositionsMismatch)(
+            slice=slice,
+            file=str(matrix.file),
+            found=", ".join(str(path) for path in found[:4])
+            or f"no positions{' but ' + parquet[0] if parquet else ''}",
+            expected="one tissue_positions.csv or tissue_positions_list.csv",
+            next_step="give the positions' path in the catalogue's url too, after the matrix"
+            if not found
+            else "give the slice's own folder, or the full prefix of its files, as the catalogue's url",
+        )
+    path = found[0]
+    with reading(slice, path):
+        with open_text(path) as file:
+            first = file.readline()
+        separator = "\t" if "\t" in first else ","
+        header = first.split(separator)[0].strip().strip('"').lower() == "barcode"
+        with open_text(path) as file:
+            table = pd.read_csv(file, sep=separator, header=0 if header else None, dtype={0: str, "barcode": str})
+        if not header and len(table.columns) == len(COLUMNS):
+            table.columns = COLUMNS
+        if lacking := [name for name in COLUMNS if name not in table]:
+            raise ValueError(f"{len(table.columns)} columns, without {', '.join(lacking)}")
+        numbers = table[COLUMNS[1:]].apply(pd.to_numeric)
+        if numbers.isna().any(axis=None):
+            raise ValueError("positions that are blank")
+    if table["barcode"].duplicated().any():
+        raise PositionsMismatch(
+            slice=slice,
+            file=str(path),
+            found=f"{int(table['barcode'].duplicated().sum())} barcodes listed twice",
+            expected="each barcode once",
+            next_step="give the positions of this slice alone",
+        )
+    return numbers.assign(barcode=table["barcode"]), path
+
+
+def _sample(path: Path) -> str:
+    """The prefix that a sample's flat files share: the matrix's name without what says that it is a matrix."""
+    name = re.sub(r"(filtered_|raw_)?feature_bc_matrix\.h5$", "", MTX.sub("", path.name), flags=re.IGNORECASE)
+    return re.sub(r"(filtered_|raw_)?feature_bc_matrix[_.]?$", "", name, flags=re.IGNORECASE)
+
+
+def match_spots(slice: str, spots: np.ndarray, table: pd.DataFrame, path: Path, raw: bool) -> np.ndarray:
+    """Row of ``table`` for each barcode of a matrix, int64 [n], -1 where it has none; by the rule at the top of this module."""
+    at = pd.Index(table["barcode"]).get_indexer(pd.Index(spots))
+    if (at >= 0).mean() < 0.5:
+        bare, listed = (
+            pd.Index(pd.Series(v, dtype=object).str.replace(r"-\d+$", "", regex=True))
+            for v in (spots, table["barcode"])
+        )
+        if bare.is_unique and listed.is_unique:
+            at = listed.get_indexer(bare)
+    shared = float((at >= 0).mean()) if len(at) else 1.0
+    problem = (
+        f"{shared:.0%} of the matrix's {len(at)} barcodes among its {len(table)}" if shared < FEWEST_SHARED else ""
+    )
+    if not problem and not raw and len(spots) < FILTERED_BELOW * len(table):
+        inside = float((table["in_tissue"].to_numpy()[at[at >= 0]] == 1).mean()) if len(at) else 1.0
+        if inside < FEWEST_SHARED:
+            problem = f"{inside:.0%} of the filtered matrix's {len(at)} barcodes in tissue"
+    if problem:
+        raise PositionsMismatch(
+            slice=slice,
+            file=str(path),
+            found=problem,
+            expected=f"at least {FEWEST_SHARED:.0%}: these are the positions of another sample",
+            next_step="find the positions that belong to this matrix",
+        )
+    return at
