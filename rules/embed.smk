@@ -26,9 +26,8 @@ rule embed:
         mem_mb=4000,
         gpu=1,
     params:
-        python=trainer_python(),
         folder=lambda w, input: Path(input.weights).parent,
         untrained=lambda w: "--untrained" if w.model == "untrained" else "",
     shell:
-        "{params.python} -m trainer.embed --model {params.folder:q} --shards {input.slice:q} --out {output:q}"
+        "python -m trainer.embed --model {params.folder:q} --shards {input.slice:q} --out {output:q}"
         " {params.untrained} > {log:q} 2>&1"

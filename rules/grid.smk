@@ -14,11 +14,13 @@ rule grid:
         "<results>/logs/grid/{slice}.log",
     benchmark:
         "<results>/benchmarks/grid/{slice}.tsv"
-    params:
-        layout=config["layout"],
-        pitch_um=config["pitch_um"],
+    conda:
+        "../envs/data.yaml"
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
+    params:
+        layout=config["layout"],
+        pitch_um=config["pitch_um"],
     script:
         "../workflow/grid.py"

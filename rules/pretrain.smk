@@ -29,7 +29,6 @@ rule train:
         mem_mb=8000,
         gpu=1,
     params:
-        python=trainer_python(),
         shards=lambda w, input: Path(input.train).parent,
         val_shards=lambda w, input: Path(input.val).parent,
         out=lambda w, output: Path(output.model).parent,
@@ -41,5 +40,5 @@ rule train:
         ],
     shell:
         # The progress shows on the terminal too.
-        "{params.python} -m trainer.pretrain --shards {params.shards:q} --val-shards {params.val_shards:q}"
+        "python -m trainer.pretrain --shards {params.shards:q} --val-shards {params.val_shards:q}"
         " --out {params.out:q} --config {input.config:q} {params.flags:q} 2>&1 | tee {log:q}"

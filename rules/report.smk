@@ -31,7 +31,7 @@ rule panels:
             "<results>/report/panels/{slice}.png",
             caption="captions/panels.rst",
             category="1 Slices",
-            labels={"slice": "{slice}", "figure": "from slice to window"},
+            labels={"figure": "{slice}: from slice to window"},
         ),
     log:
         "<results>/logs/panels/{slice}.log",
@@ -57,13 +57,13 @@ rule qc:
             "<results>/report/qc.png",
             caption="captions/qc.rst",
             category="1 Slices",
-            labels={"slice": "(all)", "figure": "spots, counts, genes"},
+            labels={"figure": "(all) spots, counts, genes"},
         ),
         rejected=report(
             "<results>/report/quarantine.html",
             caption="captions/quarantine.rst",
             category="1 Slices",
-            labels={"slice": "(all)", "figure": "rejected and duplicate slices"},
+            labels={"figure": "(all) rejected and duplicate slices"},
         ),
     log:
         "<results>/logs/qc/qc.log",
@@ -128,13 +128,13 @@ rule scoreboard:
             "<results>/report/scores/{dataset}.png",
             caption="captions/scoreboard.rst",
             category="4 Scores",
-            labels={"dataset": "{dataset}", "figure": "methods and controls"},
+            labels={"figure": "{dataset}: methods and controls"},
         ),
         page=report(
             "<results>/report/scores/{dataset}.html",
             caption="captions/scoreboard.rst",
             category="4 Scores",
-            labels={"dataset": "{dataset}", "figure": "table and verdicts"},
+            labels={"figure": "{dataset}: table and verdicts"},
         ),
     log:
         "<results>/logs/scoreboard/{dataset}.log",
@@ -158,7 +158,7 @@ rule maps:
             "<results>/report/maps/{dataset}.png",
             caption="captions/maps.rst",
             category="5 Maps",
-            labels={"dataset": "{dataset}", "figure": "true and predicted domains"},
+            labels={"figure": "{dataset}: true and predicted domains"},
         ),
     log:
         "<results>/logs/maps/{dataset}.log",

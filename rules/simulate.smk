@@ -12,6 +12,8 @@ rule simulate:
         manifest="resources/simulated/{slice}/deposit.json",
     log:
         "<results>/logs/simulate/{slice}.log",
+    conda:
+        "../envs/data.yaml"
     threads: 1
     resources:
         mem_mb=2000,

@@ -74,7 +74,7 @@ def make(results: Path) -> None:
     (model / "config.json").write_text(json.dumps({"format_version": 1, "data": {"simulated": True}}))
 
 
-SNAKEFILE = '''
+SNAKEFILE = """
 import os
 from pathlib import Path
 
@@ -109,4 +109,4 @@ rule all:
 
 include: ROOT / "rules/evaluate.smk"
 include: ROOT / "rules/report.smk"
-'''
+"""

@@ -4,8 +4,6 @@ All features of a dataset are made on all of its admitted sections, without labe
 lattice (or from positions where there is none), never from the compacted grid and never across sections.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,13 +1,11 @@
 """The loss of a pretraining run, beside that of predicting each gene's mean."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import pandas as pd
 
-from workflow.plotting import CONTROL, MODEL, new_figure, save
+from workflow.plotting import CONTROL, MODEL, headline, new_figure, save
 
 
 def read_metrics(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -41,7 +39,8 @@ def draw(train: pd.DataFrame, val: pd.DataFrame):
         axes.plot(train["step"], smooth, color=CONTROL, linewidth=2, label="train, running mean")
     axes.plot(val["step"], val["masked_mse"], "o-", color=MODEL, markersize=4, label="held-out windows")
     axes.plot(val["step"], val["gene_mean_mse"], "--", color="black", label="held-out, each gene's training mean")
-    axes.set(xlabel="step", ylabel="masked MSE of normalised expression", title=verdict(val))
+    axes.set(xlabel="step", ylabel="masked MSE of normalised expression")
+    headline(figure, verdict(val))
     axes.set_ylim(bottom=0)
     axes.legend()
     return figure

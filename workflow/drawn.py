@@ -1,7 +1,5 @@
 """Windows read back from the shards by their index (docs/format.md), for the report's pictures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,13 +1,11 @@
 """How full the grids are, how many windows were drawn of each slice, and how much of each was observed."""
 
-from __future__ import annotations
-
 import numpy as np
 import zarr
 
 from workflow.drawn import origins, read_index
 from workflow.layout import observed_in_windows
-from workflow.plotting import CONTROL, MAX_ROWS, MODEL, draw_ranges, list_rows, new_figure, save
+from workflow.plotting import CONTROL, MAX_ROWS, MODEL, draw_ranges, headline, list_rows, new_figure, save
 
 SPLIT_COLOURS = {"train": MODEL, "val": CONTROL}
 
@@ -39,12 +37,7 @@ def draw(rows: list[tuple[str, str, float, np.ndarray]], n_slices: int, about: d
         sum((h for h, _ in handles), []), sum((t for _, t in handles), []), loc="outside lower center", ncols=3
     )
     shown = "" if len(rows) == n_slices else f" (the first {len(rows)} of {n_slices} slices)"
-    figure.suptitle(
-        f"Windows of {about['h']} x {about['w']} cells x {about['m']} genes ({about['selection']}){shown}",
-        x=0.01,
-        ha="left",
-        fontweight="bold",
-    )
+    headline(figure, f"Windows of {about['h']} x {about['w']} cells x {about['m']} genes ({about['selection']}){shown}")
     return figure
 
 

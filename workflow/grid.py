@@ -4,8 +4,6 @@ One slice is always read whole, so chunks hold all cells of a block of genes: wr
 blocks of cells (about .3 s and .07 s for [74, 45, 11381]), and a reader who wants a few genes finds them together.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from dataclasses import dataclass

@@ -37,6 +37,10 @@ class Lattice:
     pitch_px: float  # centre to centre of neighbours; NaN where pixels don't tell
     residual: float  # rms distance of spots from the fitted lattice, in pitches; NaN where not fitted
 
+    def plane(self) -> np.ndarray:
+        """Positions [n, 2] (x, y) of the spots' sites, in pitches."""
+        return plane(self.kind, self.row, self.col)
+
 
 def plane(kind: str, row: np.ndarray, col: np.ndarray) -> np.ndarray:
     """Positions [n, 2] (x, y) of sites, in pitches."""

@@ -1,13 +1,11 @@
 """Maps of the true domains beside those predicted from stpatch and from the strongest control."""
 
-from __future__ import annotations
-
 import anndata as ad
 import numpy as np
 import pandas as pd
 
 from workflow.keys import Keys
-from workflow.plotting import domain_colours, draw_spots, new_figure, save
+from workflow.plotting import domain_colours, draw_spots, headline, new_figure, save
 from workflow.scoreboard import is_control
 
 MAX_SECTIONS = 4
@@ -61,7 +59,7 @@ def draw(dataset: str, predictions: pd.DataFrame, places: dict[str, np.ndarray])
     protocols = {column.split(":")[0] for column in columns.values()} - {"label"}
     rest = "" if len(shown) == len(sections) else f" (the first {len(shown)} of {len(sections)} sections)"
     title = f"{dataset}, {', '.join(protocols)}{rest}"
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    headline(figure, title)
     return figure
 
 

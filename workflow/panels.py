@@ -1,7 +1,5 @@
 """The paper's Figure 2 for one slice: spots in place, compacted grid, one window, its normalised expression."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from workflow.expression import log_normalise
 from workflow.grid import read_grid
 from workflow.keys import Keys
 from workflow.layout import observed_in_windows, pad
-from workflow.plotting import ACCENT, COUNTS, EXPRESSION, draw_cells, draw_spots, new_figure, save
+from workflow.plotting import ACCENT, COUNTS, EXPRESSION, draw_cells, draw_spots, headline, new_figure, save
 
 
 def central_origin(mask: np.ndarray, shape: tuple[int, int]) -> tuple[int, int]:
@@ -59,36 +57,29 @@ def draw(slice_: ad.AnnData, grid, window: Window, drawn: bool, target_sum: floa
     expression = log_normalise(window.counts, window.totals, target_sum)
     gene = expression[:, observed].var(axis=1).argmax()
     name = window.symbols[gene] or window.gene_ids[gene]
+    choice = f"the {len(window.counts)} drawn" if drawn else "all"
 
-    figure, axes = new_figure(1, 4, figsize=(15, 4.6), width_ratios=[1, 1, 0.95, 0.95])
     depth = np.log10(np.maximum(slice_.obs[Keys.TOTAL_COUNTS].to_numpy(), 1))
-    limits = {"clim": tuple(np.quantile(depth, [0.01, 0.99]))}
-    spots = draw_spots(axes[0], slice_.obsm[Keys.SPATIAL], depth, cmap=COUNTS, **limits)
-    axes[0].set_title(f"1  original: {slice_.n_obs:,} spots")
-    axes[0].set_xlabel("pixels of the source image")
-    low, high = limits["clim"]
-    on_grid = np.log10(np.maximum(grid.total_counts, 1))
-    draw_cells(axes[1], on_grid, grid.mask, cmap=COUNTS, vmin=low, vmax=high)
+    low, high = np.quantile(depth, [0.01, 0.99])
+    figure, axes = new_figure(1, 4, figsize=(15, 4.9))
+    spots = draw_spots(axes[0], slice_.obsm[Keys.SPATIAL], depth, cmap=COUNTS, clim=(low, high))
+    axes[0].set(title=f"1  original: {slice_.n_obs:,} spots", xlabel="in pixels of the source's image")
+    on_grid = draw_cells(axes[1], np.log10(np.maximum(grid.total_counts, 1)), grid.mask, vmin=low, vmax=high)
     rows, cols = grid.mask.shape
-    axes[1].set_title(f"2  compacted: {rows} x {cols} cells, {grid.mask.mean():.0%} observed")
-    axes[1].set_xlabel(f"layout {grid.layout}; grey: nothing observed")
+    axes[1].set(title=f"2  compacted: {rows} x {cols}", xlabel=f"{grid.mask.mean():.0%} of the cells observed")
     axes[1].add_patch(Rectangle((window.x - 0.5, window.y - 0.5), w, h, fill=False, edgecolor=ACCENT, linewidth=2.2))
-    axes[1].set(xticks=[], yticks=[])
-    figure.colorbar(spots, ax=axes[:2], label="log10 counts of the spot", shrink=0.75, pad=0.01)
-
-    counts = draw_cells(axes[2], window.counts[gene], observed, cmap=COUNTS)
-    axes[2].set_title(f"3  window at ({window.y}, {window.x}): raw counts")
+    counts = draw_cells(axes[2], window.counts[gene], observed)
+    axes[2].set(title=f"3  window at ({window.y}, {window.x})", xlabel=f"{name}: the gene that varies most of {choice}")
     values = draw_cells(axes[3], expression[gene], observed, cmap=EXPRESSION)
-    axes[3].set_title("4  normalised: log1p(count / total x 1e4)".replace("1e4", f"{target_sum:g}"))
-    for panel, image in ((axes[2], counts), (axes[3], values)):
-        panel.set_xlabel(
-            f"{name}, varies most of {len(window.counts)} drawn" if drawn else f"{name}, varies most of all"
-        )
+    axes[3].set(title="4  normalised", xlabel=f"{name}: log1p(count / total x {target_sum:g})")
+    bars = ((spots, "log10 counts of the spot"), (on_grid, "log10 counts of the spot"), (counts, "raw counts"))
+    for panel, (image, label) in zip(axes, (*bars, (values, "normalised expression")), strict=True):
+        figure.colorbar(image, ax=panel, label=label, location="bottom", shrink=0.8, pad=0.03, aspect=30)
         panel.set(xticks=[], yticks=[])
         for side in panel.spines.values():
-            side.set(visible=True, edgecolor=ACCENT, linewidth=2.2)
-        figure.colorbar(image, ax=panel, shrink=0.75, pad=0.02)
-    figure.suptitle(slice_.uns[Keys.STPATCH]["slice"], x=0.01, ha="left", fontweight="bold", fontsize=13)
+            framed = panel in axes[2:]
+            side.set(visible=framed, edgecolor=ACCENT, linewidth=2.2)
+    headline(figure, slice_.uns[Keys.STPATCH]["slice"])
     return figure
 
 

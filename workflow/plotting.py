@@ -1,7 +1,5 @@
 """One look for all figures and pages of the report: palette, spots, ranges, the "simulated" stamp, saving."""
 
-from __future__ import annotations
-
 import html
 from pathlib import Path
 
@@ -46,11 +44,18 @@ def new_figure(*args, **kwargs):
     return plt.subplots(*args, **kwargs)
 
 
+def headline(figure, text: str) -> None:
+    """The figure's title, top left; the stamp of simulated data stands top right of it."""
+    figure.suptitle(text, x=0.005, ha="left", fontweight="bold", fontsize=12)
+
+
 def save(figure, path: str | Path, simulated: bool = False) -> None:
     """Write a PNG, stamped if it shows simulated data; the same figure gives the same bytes."""
     if simulated:
         stamp = {"boxstyle": "round,pad=0.3", "facecolor": "#FFF3C4", "edgecolor": "#B58900"}
-        figure.text(0.997, 0.997, "SIMULATED DATA", ha="right", va="top", fontsize=9, color="#7A5C00", bbox=stamp)
+        height = figure.get_figheight()
+        place = {"x": 1 - 0.1 / figure.get_figwidth(), "y": 1 - 0.08 / height, "ha": "right", "va": "top"}
+        figure.text(s="SIMULATED DATA", fontsize=9, color="#7A5C00", bbox=stamp, **place)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
     plt.close(figure)

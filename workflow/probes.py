@@ -1,7 +1,5 @@
 """The heads put on frozen features, and the metrics of what they predict. Classes are ints, in the order of their names."""
 
-from __future__ import annotations
-
 import warnings
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Every method of a dataset gets the same splits. Indices count the dataset's labelled spots, section after section.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 

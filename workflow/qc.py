@@ -1,7 +1,5 @@
 """Overview of the admitted slices (spots, counts, genes) and of those that were rejected or set apart."""
 
-from __future__ import annotations
-
 import html
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from workflow.keys import Keys
-from workflow.plotting import CONTROL, MAX_ROWS, MODEL, draw_ranges, list_rows, new_figure, page, save, table
+from workflow.plotting import CONTROL, MAX_ROWS, MODEL, draw_ranges, headline, list_rows, new_figure, page, save, table
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -39,7 +37,7 @@ def draw(names: list[str], depths: list[tuple[np.ndarray, np.ndarray]], evaluate
     for colour, role in ((MODEL, "pretraining"), (CONTROL, "evaluation")):
         axes[0].plot([], [], "s", color=colour, label=role)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle(f"Admitted slices{shown}", x=0.01, ha="left", fontweight="bold")
+    headline(figure, f"Admitted slices{shown}")
     return figure
 
 

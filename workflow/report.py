@@ -4,8 +4,6 @@ The nested call shares the outer run's working directory and merged config and o
 judges by modification times alone: what it shows is what lies there.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -18,7 +16,7 @@ def command(snakefile: str | Path, config: str | Path, figures: list[str], repor
     """The nested call; no profile of the outer run reaches it."""
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--configfile", str(config)),
-        *("--report", str(report), "--report-html-stylesheet-path", str(STYLESHEET)),
+        *("--report", str(report), "--report-stylesheet", str(STYLESHEET)),
         *("--nolock", "--rerun-triggers", "mtime", "--profile", "none", "--workflow-profile", "none"),
         *("--", *figures),
     ]

@@ -3,8 +3,6 @@
 Spots without a label stay out of the probes but in neighbourhoods, components and per-section statistics.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,6 +246,8 @@ if __name__ == "__main__":
             n_splits=params.splits,
             seed=params.seed,
             target_sum=params.target_sum,
-            pretrained_on_simulated=any(about.get("simulated", "").lower() == "true" for _, about in embedded["stpatch"]),
+            pretrained_on_simulated=any(
+                about.get("simulated", "").lower() == "true" for _, about in embedded["stpatch"]
+            ),
         )
     write(scored, output.scores, output.predictions, output.notes)

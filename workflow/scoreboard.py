@@ -1,14 +1,12 @@
 """The score table of one dataset: methods by heads and protocols, controls beside the model, and who wins."""
 
-from __future__ import annotations
-
 import html
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from workflow.plotting import CONTROL, MODEL, list_rows, new_figure, page, save, table
+from workflow.plotting import CONTROL, MODEL, headline, list_rows, new_figure, page, save, table
 
 SUFFIX_MARKS = {"": "o", "+centred": "D", "+standardised": "^"}
 SHOWN = {"accuracy": "accuracy", "ari": "ARI"}
@@ -81,13 +79,14 @@ def ordered(methods) -> list[str]:
 
 
 def draw(dataset: str, by_split: pd.DataFrame):
-    """Mean and spread over splits of every method; a line where the strongest control stands."""
-    settings = list(dict.fromkeys((protocol, head) for protocol, head, *_ in by_split.index))
+    """Mean and spread over splits of every method, a row a protocol; a line where the strongest control stands."""
+    names, heads = by_split.index.unique("protocol"), by_split.index.unique("head")
     bases = list(dict.fromkeys(split_suffix(method)[0] for method in ordered(by_split.index.unique("method"))))
-    size = (4.2 + 2.7 * len(settings), 1.6 + 0.28 * len(bases) * len(SHOWN))
-    figure, axes = new_figure(len(SHOWN), len(settings), figsize=size, sharey=True, squeeze=False, sharex="row")
-    for row, (metric, title) in enumerate(SHOWN.items()):
-        for axis, (protocol, head) in zip(axes[row], settings, strict=True):
+    columns = [(metric, head) for metric in SHOWN for head in heads]
+    size = (3 + 3 * len(columns), 1 + (1 + 0.27 * len(bases)) * len(names))
+    figure, axes = new_figure(len(names), len(columns), figsize=size, sharey=True, squeeze=False)
+    for row, protocol in enumerate(names):
+        for axis, (metric, head) in zip(axes[row], columns, strict=True):
             values = by_split.loc[(protocol, head), metric].groupby(level="method").agg(["mean", "std"]).fillna(0)
             best = values.loc[[is_control(method) for method in values.index], "mean"].max()
             axis.axvline(best, color=CONTROL, linestyle=":", linewidth=1.5)
@@ -100,7 +99,7 @@ def draw(dataset: str, by_split: pd.DataFrame):
                     mean, place, xerr=spread, color=colour, marker=SUFFIX_MARKS[suffix], markersize=8 if strongest else 5,
                     markeredgecolor="black" if strongest else colour, linewidth=1, zorder=3 if strongest else 2,
                 )  # fmt: skip
-            axis.set(title=f"{protocol}, {head}", xlabel=title)
+            axis.set(title=f"{protocol}, {head}", xlabel=SHOWN[metric])
             axis.grid(axis="y", color="#EEEEEE")
             axis.set_axisbelow(True)
         list_rows(axes[row, 0], bases)
@@ -112,9 +111,7 @@ def draw(dataset: str, by_split: pd.DataFrame):
         axes[0, 0].plot([], [], "s", color=colour, label=label)
     axes[0, 0].plot([], [], ":", color=CONTROL, label="strongest control (ringed)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.suptitle(
-        f"{dataset}: mean and standard deviation over splits, all tested spots", x=0.01, ha="left", fontweight="bold"
-    )
+    headline(figure, f"{dataset}: mean and standard deviation over splits, all tested spots")
     return figure
 
 
@@ -123,23 +120,24 @@ def score_table(by_split: pd.DataFrame) -> str:
     means = by_split.groupby(level=["protocol", "head", "method"], sort=False).mean()
     spreads = by_split.groupby(level=["protocol", "head", "method"], sort=False).std()
     settings = list(dict.fromkeys((protocol, head) for protocol, head, _ in means.index))
-    metrics = [metric for metric in ("accuracy", "macro_f1", "ari", "nmi") if metric in means]
     methods = ordered(by_split.index.unique("method"))
     strongest = {
         (protocol, head, metric): means.loc[(protocol, head), metric].filter(filter(is_control, methods)).idxmax()
         for protocol, head in settings
-        for metric in metrics
+        for metric in SHOWN
     }
-    head_row = "".join(f'<th colspan="{len(metrics)}">{html.escape(f"{p}, {h}")}</th>' for p, h in settings)
+    head_row = "".join(f'<th colspan="{len(SHOWN)}">{html.escape(f"{p}, {h}")}</th>' for p, h in settings)
     rows = [
         f"<tr><th></th><th></th>{head_row}</tr>",
-        "<tr><th>method</th><th></th>" + "".join(f"<th>{metric}</th>" for metric in metrics) * len(settings) + "</tr>",
+        "<tr><th>method</th><th></th>"
+        + "".join(f"<th>{title}</th>" for title in SHOWN.values()) * len(settings)
+        + "</tr>",
     ]
     body = []
     for method in methods:
         cells = []
         for protocol, head in settings:
-            for metric in metrics:
+            for metric in SHOWN:
                 mean, spread = (frame.loc[(protocol, head, method), metric] for frame in (means, spreads))
                 star = method == strongest[protocol, head, metric]
                 text = f"{mean:.3f}" + (f" ± {spread:.3f}" if np.isfinite(spread) else "") + (" ★" if star else "")
@@ -147,6 +145,24 @@ def score_table(by_split: pd.DataFrame) -> str:
         role, style = ("control", "") if is_control(method) else ("pretrained", ' class="model"')
         body.append(f"<tr{style}><td>{html.escape(method)}</td><td>{role}</td>{''.join(cells)}</tr>")
     return f"<table><thead>{''.join(rows)}</thead><tbody>\n" + "\n".join(body) + "</tbody></table>"
+
+
+def _worded(found: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts with the figures beside the names, as the page shows them."""
+    if not len(found):
+        return found
+    named = {side: found[side] + found[f"{side}_value"].map(": {:.3f}".format) for side in ("model", "control")}
+    return pd.DataFrame(
+        {
+            "protocol": found["protocol"],
+            "metric": found["metric"].map(SHOWN),
+            "stpatch at its best": named["model"],
+            "strongest control": named["control"],
+            "difference": found["difference"].map("{:+.3f}".format),
+            "stpatch is higher in": found["higher_in"],
+            "stpatch": found["verdict"],
+        }
+    )
 
 
 def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_contamination: bool) -> str:
@@ -166,13 +182,12 @@ def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_c
     else:
         by_split = pooled(scores)
         parts.append("<h2>Does pretraining beat the strongest control?</h2>")
-        shown = verdicts(by_split).round({"model_value": 3, "control_value": 3, "difference": 3})
-        parts.append(table(shown.rename(columns=lambda name: name.replace("_", " ")), "Only controls were scored."))
+        parts.append(table(_worded(verdicts(by_split)), "Only controls were scored."))
         parts.append("<h2>All methods</h2>")
         parts.append(score_table(by_split))
         parts.append(
             '<p class="small">Mean ± standard deviation over splits, over all tested spots of a split. ★ strongest '
-            "control of the column. random20 puts neighbours of training spots to the test: a method that knows "
+            "control of the column. Macro F1, NMI and single sections are in metrics/scores.tsv. random20 puts neighbours of training spots to the test: a method that knows "
             "nothing but the position does well there.</p>"
         )
     parts.append("<h2>Notes</h2>")

@@ -1,7 +1,5 @@
 """Gather the score tables of all datasets; without datasets a table of the header alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from workflow.score import COLUMNS

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from workflow.errors import BadLabels, MissingFile, MissingPositions, Transposed
+from workflow.errors import MissingFile, MissingPositions, Transposed
 from workflow.readers.deposit import Deposit, open_text, reading, strings
 
 SPOT = re.compile(r"^(?:X)?(-?\d+(?:\.\d+)?)[x_](-?\d+(?:\.\d+)?)$")

@@ -66,17 +66,16 @@ def read_tenx(slice: str, files: list[Path]) -> Deposit:
     counts, spots, features = read(slice, matrix.paths)
     table, path = read_positions(slice, files, matrix)
     at = match_spots(slice, spots, table, path, raw=matrix.rank[0] == 2)
-    known = at >= 0
-    table = table.iloc[at[known]]
     expressed = (features["type"] == "Gene Expression").to_numpy()
+    table = table.iloc[at]  # -1, a barcode without position, takes the last row: it does not count as in tissue
     return Deposit(
         file=matrix.file,
         files=[*matrix.paths, path],
-        counts=counts[known][:, expressed],
-        spots=spots[known],
+        counts=counts[:, expressed],
+        spots=spots,
         ids=features["id"].to_numpy()[expressed],
         symbols=features["name"].to_numpy()[expressed],
-        in_tissue=(table["in_tissue"] == 1).to_numpy(),
+        in_tissue=(at >= 0) & (table["in_tissue"] == 1).to_numpy(),
         array=table[["array_row", "array_col"]].to_numpy(np.int64),
         pixels=table[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float),
     )

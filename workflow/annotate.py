@@ -1,0 +1,130 @@
+"""Embeddings go back to the spots they belong to, in ``obsm["X_stpatch"]``.
+
+In the pipeline the embedding is already there. For a file of one's own, one command takes it the whole way:
+
+    python -m workflow.annotate --model results/pretrain/model --h5ad mine.h5ad --out mine.stpatch.h5ad
+
+curates the slice, lays it on its grid, runs ``python -m trainer.embed`` and writes a copy of the file with the new field.
+Spots off the tissue get NaN. Nothing else in the file changes.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+from safetensors import safe_open
+
+from workflow.catalogue import columns
+from workflow.curate import curate
+from workflow.errors import DamagedFile, SliceError
+from workflow.grid import make_grid
+from workflow.keys import Keys
+from workflow.stats import read_vocabulary
+from workflow.whole import whole_slice
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read_embedding(path, n_spots: int, slice: str) -> np.ndarray:
+    """Embedding of every spot, float32 [n_spots, d], in the order of the curated slice.
+
+    Raises
+    ------
+    DamagedFile
+        The file does not hold each of the slice's spots once.
+    """
+    with safe_open(str(path), framework="numpy") as file:
+        X, spot = file.get_tensor("X"), file.get_tensor("spot")
+    if not np.array_equal(np.sort(spot), np.arange(n_spots)):
+        raise DamagedFile(
+            slice=slice,
+            file=str(path),
+            found=f"embeddings of {len(np.unique(spot))} spots",
+            expected=f"one of each of the {n_spots} observed spots (layout bin merges spots and can't be annotated)",
+            next_step="delete the file and run again, or use a layout with one spot a cell",
+        )
+    ordered = np.empty_like(X)
+    ordered[spot] = X
+    return ordered
+
+
+def embed_file(model: Path, h5ad: Path, organism: str, trainer_flags: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Embed a slice that is in no catalogue.
+
+    Returns
+    -------
+    X, spots
+        float32 [n, d] of the spots in tissue, and their names.
+
+    Raises
+    ------
+    SliceError
+        The file can't be used (`workflow.curate`).
+    subprocess.CalledProcessError
+        The trainer refused; its message is on stderr.
+    """
+    blank = dict.fromkeys(columns(), "")
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in h5ad.stem)
+    row = {**blank, "slice": name, "source": "file", "url": str(h5ad), "format": "h5ad", "organism": organism}
+    slice = curate(row, ROOT / "catalogue/aux", files=[h5ad])
+    data = json.loads((model / "config.json").read_text())["data"]
+    genes = model / "genes.tsv"
+    content = whole_slice(
+        make_grid(slice, "auto", pitch_um=100),
+        read_vocabulary(genes).gene_id,
+        genes_sha256=hashlib.sha256(genes.read_bytes()).hexdigest(),
+        target_sum=data["target_sum"],
+        codec_name="lz4",
+        simulated=False,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tar, out = Path(folder) / f"{name}.tar", Path(folder) / f"{name}.safetensors"
+        tar.write_bytes(content)
+        command = [sys.executable, "-m", "trainer.embed", "--model", model.resolve(), "--shards", tar, "--out", out]
+        subprocess.run([*map(str, command), *trainer_flags], check=True, cwd=ROOT)
+        return read_embedding(out, slice.n_obs, name), list(slice.obs_names)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see the module's first lines."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workflow.annotate",
+        description='Writes a copy of an h5ad with an embedding of every observed spot in obsm["X_stpatch"].',
+        epilog="Other flags (--stride, --genes, --device, ...) go to `python -m trainer.embed`.",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder of a pretraining run")
+    parser.add_argument("--h5ad", type=Path, required=True, metavar="FILE", help="raw counts of one Visium section")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the annotated copy")
+    parser.add_argument("--organism", choices=["human", "mouse"], default="human")
+    arguments, trainer_flags = parser.parse_known_args(argv)
+    try:
+        X, spots = embed_file(arguments.model, arguments.h5ad, arguments.organism, trainer_flags)
+    except SliceError as error:
+        sys.exit(f"error: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+    mine = ad.read_h5ad(arguments.h5ad)
+    embedding = np.full((mine.n_obs, X.shape[1]), np.nan, dtype=np.float32)
+    embedding[mine.obs_names.get_indexer(spots)] = X
+    mine.obsm[Keys.EMBEDDING] = embedding
+    mine.write_h5ad(arguments.out)
+    print(f"{arguments.out}: {len(X)} of {mine.n_obs} spots have {X.shape[1]} numbers in obsm['{Keys.EMBEDDING}']")
+
+
+if __name__ == "__main__":
+    if "snakemake" in globals():
+        from workflow.logs import log_to
+
+        log_to(snakemake.log[0])  # noqa: F821
+        slice = ad.read_h5ad(snakemake.input.slice)  # noqa: F821
+        name = str(slice.uns[Keys.STPATCH]["slice"])
+        slice.obsm[Keys.EMBEDDING] = read_embedding(snakemake.input.embedding, slice.n_obs, name)  # noqa: F821
+        slice.write_h5ad(snakemake.output[0], compression="gzip", compression_opts=1)  # noqa: F821
+    else:
+        main()

@@ -1,0 +1,278 @@
+"""Rule `curate`: one slice, as its source has it, made into the curated form of docs/format.md, or set apart with the reason.
+
+Kept: spots in tissue, in the source's order, whatever their depth; 'Gene Expression' features that have an Ensembl id; raw counts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from workflow.errors import (
+    CountOverflow,
+    EmptySlice,
+    MissingPositions,
+    MultipleSections,
+    NoLattice,
+    NotCounts,
+    SliceError,
+    UnknownGenes,
+    WrongOrganism,
+)
+from workflow.genes import PREFIX, Mapping, load_genes, map_genes, organism_of, strip_version
+from workflow.keys import Keys
+from workflow.labels import spot_labels
+from workflow.lattice import PITCH_UM, Lattice, infer_lattice, known_lattice
+from workflow.readers import Deposit, read_deposit
+from workflow.readers.deposit import why_not_counts
+from workflow.sources import files_at, sha256_of
+
+logger = logging.getLogger("curate")
+
+FORMAT_VERSION = 1
+FEWEST_MAPPED = 0.1  # of the features; below it the names are not those of genes
+MAX_COUNT = np.iinfo(np.uint16).max  # the grid's cells hold 16 bits
+PACKAGES = ("anndata", "h5py", "numpy", "pandas", "scipy")
+
+
+def curate(
+    row: dict[str, str], gene_tables: str | Path, files: list[Path] | None = None, labels: Path | None = None
+) -> anndata.AnnData:
+    """Curate one slice.
+
+    Parameters
+    ----------
+    row
+        Its catalogue row; ``slice``, ``url``, ``format`` and ``organism`` are needed.
+    gene_tables
+        Folder with ``genes_human.tsv`` and ``genes_mouse.tsv``.
+    files
+        The slice's files, where the row's url is not their place (downloads, paths with spaces).
+    labels
+        The table of labels, where the row's ``labels`` is not its place.
+
+    Returns
+    -------
+    AnnData as docs/format.md has it (curated slice).
+
+    Raises
+    ------
+    SliceError
+        What makes the slice unusable, by its subclass.
+    """
+    name, organism = row["slice"], row["organism"]
+    if files is None:
+        files = [file for place in row["url"].split() for file in files_at(place)]
+    if labels is None and row.get("labels"):
+        labels = Path(row["labels"])
+    deposit = read_deposit(name, files, row["format"])
+    counts = raw_counts(name, deposit)
+    mapping = kept_genes(name, deposit, organism, Path(gene_tables))
+    covered = np.flatnonzero(deposit.in_tissue)
+    lattice, source, pixels = place_spots(name, deposit, covered)
+
+    obs = pd.DataFrame(index=pd.Index(deposit.spots[covered].astype(str), dtype=object))
+    if lattice:
+        obs[Keys.ARRAY_ROW], obs[Keys.ARRAY_COL] = lattice.row.astype(np.int32), lattice.col.astype(np.int32)
+    obs[Keys.TOTAL_COUNTS] = np.asarray(counts.sum(1, dtype=np.int64)).ravel()
+    if row.get("label_column"):
+        label = spot_labels(name, deposit, row["label_column"], labels)[covered]
+        obs[Keys.LABEL] = label.remove_unused_categories()
+    read = deposit.files + ([labels] if labels and row.get("label_column") else [])
+    kind = lattice.kind if lattice else "none"
+    pitch_um = PITCH_UM.get(kind, float("nan"))
+    provenance = {
+        "format_version": FORMAT_VERSION,
+        "slice": name,
+        "row": json.dumps(row),
+        "inputs": json.dumps([{"path": str(p), "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in read]),
+        "versions": json.dumps({"python": platform.python_version()} | {p: version(p) for p in PACKAGES}),
+        "lattice": {
+            "kind": kind,
+            "source": source,
+            "pitch_um": pitch_um,
+            "um_per_px": pitch_um / lattice.pitch_px if lattice else float("nan"),
+            "residual": lattice.residual if lattice else float("nan"),
+        },
+        "counts": {
+            "spots_in_source": len(deposit.spots),
+            "spots_in_tissue": len(covered),
+            "features_in_source": len(deposit.ids),
+            "genes_kept": len(mapping.gene_ids),
+            "genes_ambiguous": mapping.ambiguous,
+            "genes_unknown": mapping.unknown,
+            "genes_merged": mapping.merged,
+        },
+    }
+    return anndata.AnnData(
+        X=mapping.apply(counts),
+        obs=obs,
+        var=pd.DataFrame({Keys.SYMBOL: mapping.symbols}, index=pd.Index(mapping.gene_ids)),
+        obsm={Keys.SPATIAL: pixels},
+        uns={Keys.STPATCH: provenance},
+    )
+
+
+def raw_counts(name: str, deposit: Deposit) -> sparse.csr_matrix:
+    """Counts of the spots in tissue, int32 CSR [n, features], checked to be raw.
+
+    Raises
+    ------
+    EmptySlice, NotCounts, CountOverflow
+    """
+    where = {"slice": name, "file": str(deposit.file)}
+    counts = deposit.counts[np.flatnonzero(deposit.in_tissue)]
+    problem = why_not_counts(counts)
+    if problem:
+        raise NotCounts(
+            **where,
+            found=problem,
+            expected="raw integer counts",
+            next_step="get the raw counts from the source; normalised values cannot be used",
+        )
+    if counts.nnz == 0 or counts.max() == 0:
+        raise EmptySlice(
+            **where,
+            found=f"{counts.shape[0]} spots in tissue of {len(deposit.spots)}, {counts.shape[1]} genes, no count",
+            expected="counts on spots in tissue",
+            next_step="check that matrix and in_tissue are those of the slice, or take the row out of the catalogue",
+        )
+    counts.sum_duplicates()
+    if counts.max() > MAX_COUNT:
+        raise CountOverflow(
+            **where,
+            found=f"a count of {int(counts.max())}",
+            expected=f"at most {MAX_COUNT}, what 16 bits hold",
+            next_step="check that these are counts of molecules (UMI), not of reads",
+        )
+    counts = counts.astype(np.int32)
+    counts.eliminate_zeros()
+    return counts
+
+
+def kept_genes(name: str, deposit: Deposit, organism: str, gene_tables: Path) -> Mapping:
+    """Where each feature goes, once the organism is known to be the catalogue's.
+
+    Raises
+    ------
+    WrongOrganism, UnknownGenes
+    """
+    where = {"slice": name, "file": str(deposit.file)}
+    tables = {other: load_genes(gene_tables / f"genes_{other}.tsv") for other in PREFIX}
+    ensembl = sum(strip_version(gene_id) is not None for gene_id in deposit.ids) > len(deposit.ids) / 2
+    found, evidence = organism_of(deposit.ids if ensembl else deposit.symbols, tables)
+    stated = deposit.organism
+    if found not in (organism, None) or stated not in (organism, ""):
+        raise WrongOrganism(
+            **where,
+            found=f"{stated} as the file says"
+            if stated not in (organism, "")
+            else f"gene names of {found} ({evidence})",
+            expected=f"{organism}, as the catalogue says",
+            next_step="correct the column organism in the catalogue, or take the row out",
+        )
+    mapping = map_genes(deposit.ids, deposit.symbols, organism, tables[organism])
+    if (mapping.target >= 0).sum() < max(FEWEST_MAPPED * len(deposit.ids), 1):
+        names = ", ".join(
+            str(symbol or gene_id) for symbol, gene_id in zip(deposit.symbols[:5], deposit.ids, strict=False)
+        )
+        raise UnknownGenes(
+            **where,
+            found=f"{len(mapping.gene_ids)} of {len(deposit.ids)} names known ({names}, ...)",
+            expected=f"Ensembl ids or {organism} gene symbols",
+            next_step="check which column of the source holds gene names",
+        )
+    return mapping
+
+
+def place_spots(name: str, deposit: Deposit, covered: np.ndarray) -> tuple[Lattice | None, str, np.ndarray]:
+    """Lattice of the covered spots (None where there is none), where it comes from, and their pixels [n, 2].
+
+    Without pixels (legacy ST without spot file) the lattice itself stands in: one "pixel" is a nominal micrometre.
+
+    Raises
+    ------
+    MissingPositions
+        Pixels that are NaN.
+    MultipleSections
+        Two spots at one site of the array.
+    """
+    where = {"slice": name, "file": str(deposit.file)}
+    pixels = None if deposit.pixels is None else deposit.pixels[covered]
+    if pixels is not None and not np.isfinite(pixels).all():
+        raise MissingPositions(
+            **where,
+            found=f"{int((~np.isfinite(pixels)).any(1).sum())} of {len(pixels)} spots in tissue without position",
+            expected="a position for each",
+            next_step="complete the positions, or mark these spots as not in tissue",
+        )
+    if deposit.array is None:
+        try:
+            return infer_lattice(pixels, name), "pixels", pixels
+        except NoLattice as error:
+            logger.warning("%s", error)
+            return None, "pixels", pixels
+    row, col = deposit.array[covered].T
+    repeated = len(row) - len(np.unique(deposit.array[covered], axis=0))
+    if repeated:
+        raise MultipleSections(
+            **where,
+            found=f"{repeated} spots at an array position that another spot has",
+            expected="one section, each array position once",
+            next_step="split the source, one catalogue row a section",
+        )
+    lattice = known_lattice(row, col, pixels)
+    if pixels is None:
+        pitch = PITCH_UM[lattice.kind]
+        pixels = lattice.plane() * pitch
+        lattice = known_lattice(row, col, pixels)
+    return lattice, "array", pixels
+
+
+def rejected(row: dict[str, str], error: SliceError) -> anndata.AnnData:
+    """The file of a slice that can't be used: shape (0, 0), and why."""
+    provenance = {
+        "format_version": FORMAT_VERSION,
+        "slice": row["slice"],
+        "row": json.dumps(row),
+        Keys.QUARANTINE: error.as_row(),
+    }
+    return anndata.AnnData(X=sparse.csr_matrix((0, 0), dtype=np.int32), uns={Keys.STPATCH: provenance})
+
+
+def located(row: dict[str, str], listing: Path | None) -> tuple[list[Path] | None, Path | None]:
+    """Files and labels of a slice that a rule of ours fetched or made, from its ``deposit.json`` or ``files.json``.
+
+    (None, None) without a listing: the row itself says where the files are.
+    """
+    if listing is None:
+        return None, None
+    listed = json.loads(listing.read_text())
+    if row["source"] == "simulated":
+        folder = listing.parent
+        labels = folder / listed["labels"] if listed["labels"] else None
+        return files_at(folder / listed["url"]), labels
+    by_role = {role: [Path(entry["path"]) for entry in listed if entry["role"] == role] for role in ("slice", "labels")}
+    return by_role["slice"], next(iter(by_role["labels"]), None)
+
+
+if __name__ == "__main__":
+    from workflow.logs import log_to
+
+    log_to(snakemake.log[0])  # noqa: F821
+    row, listing = dict(snakemake.params.row), snakemake.input.get("listing")  # noqa: F821
+    try:
+        files, labels = located(row, Path(listing) if listing else None)
+        adata = curate(row, snakemake.params.gene_tables, files, labels)  # noqa: F821
+    except SliceError as error:
+        logger.error("set apart: %s", error)
+        adata = rejected(row, error)
+    adata.write_h5ad(snakemake.output[0], compression="gzip", compression_opts=1)  # noqa: F821

@@ -1,0 +1,174 @@
+"""One split's windows in one shuffled order, copied into tars, with an index that lets a reader jump to each.
+
+Each tar is put together in memory, so a pack is opened once a tar however its samples are scattered. ``index.json`` is
+written last: where it lies, everything that it names is whole.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from workflow import tar
+
+FORMAT_VERSION = 1
+MB = 10**6
+
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("slice", "<u4"),
+        ("window", "<u4"),
+        ("counts_offset", "<u8"),
+        ("counts_nbytes", "<u4"),
+        ("sites_offset", "<u8"),
+        ("sites_nbytes", "<u4"),
+        ("json_offset", "<u8"),
+        ("json_nbytes", "<u4"),
+    ]
+)
+
+
+def permutation(n: int, seed: int, split: str) -> np.ndarray:
+    """The order of a split's n samples: a function of (seed, split, n)."""
+    key = hashlib.sha256(f"{seed}/shards/{split}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).permutation(n)
+
+
+def canonical_sha256(value) -> str:
+    """sha256 of a value's JSON with sorted keys and without spaces."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_shards(
+    folder: str | Path,
+    packs: list[tuple[str | Path, str | Path]],
+    genes_tsv: str | Path,
+    *,
+    split: str,
+    rows: list[dict[str, str]],
+    settings: dict,
+) -> dict:
+    """Write a split's folder: tars, ``samples.npy``, ``genes.tsv`` and, last, ``index.json``.
+
+    Parameters
+    ----------
+    folder
+        Of the split; tars of an earlier run are removed first.
+    packs
+        (pack, index) of each slice (`workflow.windows.write_pack`).
+    genes_tsv
+        The vocabulary that the samples' indices mean.
+    split
+        Name of the split.
+    rows
+        Catalogue row of each slice, in the order of `packs`.
+    settings
+        The config's keys that shaped the samples.
+
+    Returns
+    -------
+    dict
+        The content of ``index.json``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in [folder / "index.json", *folder.glob(f"{split}-*.tar")]:
+        stale.unlink(missing_ok=True)
+
+    indices = [np.load(index, allow_pickle=False) for _, index in packs]
+    n_windows = [len(index) for index in indices]
+    order = permutation(sum(n_windows), settings["seed"], split)
+    slice_of = np.repeat(np.arange(len(packs)), n_windows)[order]
+    window_of = np.concatenate([np.arange(n) for n in n_windows] or [np.zeros(0, dtype=np.int64)])[order]
+    nbytes = np.array([indices[s]["nbytes"][w] for s, w in zip(slice_of, window_of, strict=True)], dtype=np.int64)
+
+    samples = np.zeros(len(order), dtype=SAMPLE_DTYPE)
+    samples["slice"], samples["window"] = slice_of, window_of
+    shards = []
+    for first, last in _cut(nbytes, settings["shard_mb"] * MB):
+        starts = np.concatenate([[0], nbytes[first:last].cumsum()])
+        content = bytearray(int(starts[-1]) + len(tar.END))
+        for s in np.unique(slice_of[first:last]):
+            here = first + np.flatnonzero(slice_of[first:last] == s)
+            index = indices[s][window_of[here]]
+            for member in ("counts", "sites", "json"):
+                samples[f"{member}_offset"][here] = starts[here - first] + index[f"{member}_offset"]
+                samples[f"{member}_nbytes"][here] = index[f"{member}_nbytes"]
+            with open(packs[s][0], "rb") as pack:
+                for i in np.argsort(index["offset"]):
+                    pack.seek(int(index["offset"][i]))
+                    start, size = int(starts[here[i] - first]), int(index["nbytes"][i])
+                    content[start : start + size] = pack.read(size)
+        samples["shard"][first:last] = len(shards)
+        name = f"{split}-{len(shards):06d}.tar"
+        (folder / name).write_bytes(content)
+        shards.append(
+            {
+                "name": name,
+                "samples": int(last - first),
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        )
+
+    np.save(folder / "samples.npy", samples, allow_pickle=False)
+    shutil.copyfile(genes_tsv, folder / "genes.tsv")
+    h, w = settings["window"]
+    index = {
+        "format_version": FORMAT_VERSION,
+        "split": split,
+        "m": settings["genes"],
+        "h": h,
+        "w": w,
+        **{key: settings[key] for key in ("codec", "layout", "selection", "epsilon", "min_observed", "target_sum")},
+        "seed": settings["seed"],
+        "n_samples": len(samples),
+        "simulated": any(row["source"] == "simulated" for row in rows),
+        "config_sha256": canonical_sha256(settings),
+        "catalogue_sha256": canonical_sha256(rows),
+        "genes": {
+            "file": "genes.tsv",
+            "n": len((folder / "genes.tsv").read_text().splitlines()) - 2,
+            "sha256": _sha256(folder / "genes.tsv"),
+        },
+        "samples": {"file": "samples.npy", "sha256": _sha256(folder / "samples.npy")},
+        "slices": [
+            {**{key: row[key] for key in ("slice", "source", "organism", "donor")}, "n_windows": n}
+            for row, n in zip(rows, n_windows, strict=True)
+        ],
+        "shards": shards,
+    }
+    (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return index
+
+
+def _cut(nbytes: np.ndarray, limit: int) -> list[tuple[int, int]]:
+    """(first, last) of each tar: as many samples in order as stay within the limit, at least one."""
+    cuts, first, size = [], 0, len(tar.END)
+    for i, sample in enumerate(nbytes.tolist()):
+        if i > first and size + sample > limit:
+            cuts.append((first, i))
+            first, size = i, len(tar.END)
+        size += sample
+    return [*cuts, (first, len(nbytes))] if len(nbytes) else []
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    from workflow.logs import log_to
+
+    log_to(snakemake.log[0])  # noqa: F821
+    write_shards(
+        Path(snakemake.output.index).parent,  # noqa: F821
+        list(zip(snakemake.input.packs, snakemake.input.indices, strict=True)),  # noqa: F821
+        snakemake.input.genes,  # noqa: F821
+        split=snakemake.wildcards.split,  # noqa: F821
+        rows=snakemake.params.rows,  # noqa: F821
+        settings=dict(snakemake.params.settings),  # noqa: F821
+    )
