@@ -37,6 +37,7 @@ rule all:
         rules.data.input,
         rules.pretrain.input,
         rules.evaluate.input,
+        lambda wildcards: expand("<results>/annotated/{slice}.h5ad", slice=admitted()),
         "<results>/report.html",
 
 
@@ -49,5 +50,6 @@ include: "rules/stats.smk"
 include: "rules/shards.smk"
 include: "rules/pretrain.smk"
 include: "rules/embed.smk"
+include: "rules/annotate.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"

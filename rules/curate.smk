@@ -5,23 +5,12 @@ resources/simulated/{slice}/deposit.json; the tables of gene names.
 Out: <results>/slices/{slice}.h5ad (a rejected slice has no spots, and its reason inside).
 """
 
-from workflow.sources import files_at
-
-
-def slice_files(wildcards):
-    """The listing of a slice that is simulated or fetched; else its own files, those that exist (curate names the missing)."""
-    row = SLICES[wildcards.slice]
-    if row["source"] == "simulated":
-        return {"listing": f"resources/simulated/{wildcards.slice}/deposit.json"}
-    if row["source"] != "file":
-        return {"listing": f"resources/download/{wildcards.slice}/files.json"}
-    places = row["url"].split() + ([row["labels"]] if row["labels"] else [])
-    return {"files": [file for place in places for file in files_at(place)]}
+from workflow.sources import curate_inputs
 
 
 rule curate:
     input:
-        unpack(slice_files),
+        unpack(lambda wildcards: curate_inputs(SLICES[wildcards.slice])),
         genes=expand(ROOT / "catalogue/aux/genes_{organism}.tsv", organism=["human", "mouse"]),
     output:
         "<results>/slices/{slice}.h5ad",

@@ -9,6 +9,7 @@ from numcodecs import Blosc, blosc
 
 blosc.use_threads = False  # several threads give other bytes each time
 
+_TO_JSON = json.JSONEncoder(separators=(",", ":")).encode
 LEVELS = {"lz4": 9, "zstd": 3}  # lz4 at 9 is 3% smaller than at 5 and as quick to read
 
 
@@ -30,7 +31,7 @@ def encode_sites(genes: np.ndarray, totals: np.ndarray, blosc_codec: Blosc) -> b
 
 def encode_facts(facts: dict) -> bytes:
     """A sample's JSON: compact, in the order given."""
-    return json.dumps(facts, separators=(",", ":")).encode()
+    return _TO_JSON(facts).encode()
 
 
 def decode(counts: bytes, sites: bytes, facts: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:

@@ -3,8 +3,6 @@
 Kept: spots in tissue, in the source's order, whatever their depth; 'Gene Expression' features that have an Ensembl id; raw counts.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import platform
@@ -19,6 +17,7 @@ from scipy import sparse
 from workflow.errors import (
     CountOverflow,
     EmptySlice,
+    MissingFile,
     MissingPositions,
     MultipleSections,
     NoLattice,
@@ -73,6 +72,14 @@ def curate(
         files = [file for place in row["url"].split() for file in files_at(place)]
     if labels is None and row.get("labels"):
         labels = Path(row["labels"])
+    if not files:
+        raise MissingFile(
+            slice=name,
+            file=row["url"],
+            found="nothing there",
+            expected="a file, a folder, or the common prefix of flat files",
+            next_step="check the url; relative paths count from the working directory, then from the repository",
+        )
     deposit = read_deposit(name, files, row["format"])
     counts = raw_counts(name, deposit)
     mapping = kept_genes(name, deposit, organism, Path(gene_tables))
@@ -248,6 +255,11 @@ def rejected(row: dict[str, str], error: SliceError) -> anndata.AnnData:
     return anndata.AnnData(X=sparse.csr_matrix((0, 0), dtype=np.int32), uns={Keys.STPATCH: provenance})
 
 
+def write_slice(adata: anndata.AnnData, path: str | Path) -> None:
+    """Write a curated slice; strings stay strings, the same slice gives the same bytes."""
+    adata.write_h5ad(path, compression="gzip", compression_opts=1, convert_strings_to_categoricals=False)
+
+
 def located(row: dict[str, str], listing: Path | None) -> tuple[list[Path] | None, Path | None]:
     """Files and labels of a slice that a rule of ours fetched or made, from its ``deposit.json`` or ``files.json``.
 
@@ -275,4 +287,4 @@ if __name__ == "__main__":
     except SliceError as error:
         logger.error("set apart: %s", error)
         adata = rejected(row, error)
-    adata.write_h5ad(snakemake.output[0], compression="gzip", compression_opts=1)  # noqa: F821
+    write_slice(adata, snakemake.output[0])  # noqa: F821

@@ -5,6 +5,7 @@ blocks of cells (about .3 s and .07 s for [74, 45, 11381]), and a reader who wan
 """
 
 import hashlib
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,4 +211,13 @@ if __name__ == "__main__":
     log_to(snakemake.log[0])  # noqa: F821
     curated = anndata.read_h5ad(snakemake.input.slice)  # noqa: F821
     params = snakemake.params  # noqa: F821
-    write_grid(make_grid(curated, params.layout, params.pitch_um), snakemake.output[0])  # noqa: F821
+    grid = make_grid(curated, params.layout, params.pitch_um)
+    write_grid(grid, snakemake.output[0])  # noqa: F821
+    logging.info(
+        "%d spots in %s cells, layout %s, %.0f%% observed, %d genes",
+        grid.n_spots,
+        " x ".join(map(str, grid.mask.shape)),
+        grid.layout,
+        100 * grid.mask.mean(),
+        len(grid.gene_ids),
+    )

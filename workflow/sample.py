@@ -88,12 +88,10 @@ class Field:
         self.mask = pad(grid.mask, self.window, False)
         self.totals = pad(grid.total_counts, self.window, np.float32(0))
         self.array_row, self.array_col = pad(grid.array_row, self.window, -1), pad(grid.array_col, self.window, -1)
-        self.counts, self._cells, self._codes, self._genes, levels, level_of = _unpack(
-            np.ascontiguousarray(grid.counts),
-            position,
-            len(self.genes),
-            *self.mask.shape,
-            np.count_nonzero(grid.counts),
+        # made here, as numpy asks for huge pages and numba does not: crops jump about in this array
+        self.counts = np.zeros((len(self.genes), *self.mask.shape), dtype=np.uint16)
+        self._cells, self._codes, self._genes, levels, level_of = _unpack(
+            np.ascontiguousarray(grid.counts), position, np.count_nonzero(grid.counts), self.counts
         )
         # The few distinct counts of a cell are normalised once each; the sparse entries point at them.
         values = log_normalise(levels, np.repeat(self.totals.ravel(), np.diff(level_of)), target_sum)
@@ -101,6 +99,7 @@ class Field:
         self._scale = 2.0 ** np.floor(62 - np.log2(bound))  # the sum of squares over a window stays below 2^62
         self._level_of = level_of
         self._levels = np.rint(np.stack([values, values**2], axis=1) * self._scale).astype(np.int64)
+        self._minus_levels = -self._levels
         self._sums = np.zeros((len(self.genes), 2), dtype=np.int64)
         self._at = (-1, -1)
 
@@ -132,8 +131,8 @@ class Field:
         Cheap for a window near the last one asked for; the result does not depend on which that was.
         """
         h, w = self.window
-        _move(self._sums, self._cells, self._genes, self._codes, self._level_of, self._levels, self.mask.shape[1],
-              *self._at, y, x, h, w)  # fmt: skip
+        _move(self._sums, self._cells, self._genes, self._codes, self._level_of, self._levels, self._minus_levels,
+              self.mask.shape[1], *self._at, y, x, h, w)  # fmt: skip
         self._at = (y, x)
         return _finish(self._sums, int(self.mask[y : y + h, x : x + w].sum()), self._scale)
 
@@ -246,9 +245,9 @@ def _nearby_order(origins: np.ndarray, band: int = 4) -> np.ndarray:
 
 
 @njit(cache=True)
-def _unpack(counts, position, n_genes, height, width, nonzero):
-    """Dense counts by gene; and by cell the sparse entries, each a gene and a row of the cell's distinct counts."""
-    by_gene = np.zeros((n_genes, height, width), dtype=np.uint16)
+def _unpack(counts, position, nonzero, by_gene):
+    """Fill the dense counts by gene; give the sparse ones by cell, each a gene and a row of the cell's distinct counts."""
+    _, height, width = by_gene.shape
     cells = np.zeros(height * width + 1, dtype=np.int64)
     genes = np.empty(nonzero, dtype=np.uint32)
     codes = np.empty(nonzero, dtype=np.uint16)
@@ -278,34 +277,35 @@ def _unpack(counts, position, n_genes, height, width, nonzero):
         for level in range(first, n_levels):
             code_of[levels[level]] = -1
         cells[cell + 1], level_of[cell + 1] = at, n_levels
-    return by_gene, cells, codes[:at].copy(), genes[:at].copy(), levels[:n_levels].copy(), level_of
+    return cells, codes[:at].copy(), genes[:at].copy(), levels[:n_levels].copy(), level_of
 
 
 @njit(cache=True)
-def _add(sums, genes, codes, levels, sign):
+def _add(sums, genes, codes, levels):
     for i in range(len(genes)):
         gene, code = genes[i], codes[i]
-        sums[gene, 0] += sign * levels[code, 0]
-        sums[gene, 1] += sign * levels[code, 1]
+        sums[gene, 0] += levels[code, 0]
+        sums[gene, 1] += levels[code, 1]
 
 
 @njit(cache=True)
-def _move(sums, cells, genes, codes, level_of, levels, width, old_y, old_x, y, x, h, w):
+def _move(sums, cells, genes, codes, level_of, levels, minus_levels, width, old_y, old_x, y, x, h, w):
     """Carry sums [K, 2] of values and squares from the window at the old origin (none: -1) to that at (y, x)."""
     shared = max(0, h - abs(y - old_y)) * max(0, w - abs(x - old_x))
     if old_y < 0 or shared < h * w // 2:  # starting anew is cheaper
         sums[:] = 0
         old_y, old_x = -h, -w
-    for sign in (1, -1):
-        here_y, here_x, there_y, there_x = (y, x, old_y, old_x) if sign > 0 else (old_y, old_x, y, x)
+    for entering in (True, False):
+        here_y, here_x, there_y, there_x = (y, x, old_y, old_x) if entering else (old_y, old_x, y, x)
         if here_y < 0:
             continue
+        table = levels if entering else minus_levels
         for i in range(here_y, here_y + h):
             for j in range(here_x, here_x + w):
                 if not (there_y <= i < there_y + h and there_x <= j < there_x + w):
                     cell = i * width + j
                     here = slice(cells[cell], cells[cell + 1])
-                    _add(sums, genes[here], codes[here], levels[level_of[cell] : level_of[cell + 1]], sign)
+                    _add(sums, genes[here], codes[here], table[level_of[cell] : level_of[cell + 1]])
 
 
 @njit(cache=True)

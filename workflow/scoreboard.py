@@ -115,36 +115,27 @@ def draw(dataset: str, by_split: pd.DataFrame):
     return figure
 
 
-def score_table(by_split: pd.DataFrame) -> str:
-    """HTML table: a row a method, mean and standard deviation over splits; the strongest control is starred."""
-    means = by_split.groupby(level=["protocol", "head", "method"], sort=False).mean()
-    spreads = by_split.groupby(level=["protocol", "head", "method"], sort=False).std()
-    settings = list(dict.fromkeys((protocol, head) for protocol, head, _ in means.index))
-    methods = ordered(by_split.index.unique("method"))
-    strongest = {
-        (protocol, head, metric): means.loc[(protocol, head), metric].filter(filter(is_control, methods)).idxmax()
-        for protocol, head in settings
-        for metric in SHOWN
-    }
-    head_row = "".join(f'<th colspan="{len(SHOWN)}">{html.escape(f"{p}, {h}")}</th>' for p, h in settings)
-    rows = [
-        f"<tr><th></th><th></th>{head_row}</tr>",
-        "<tr><th>method</th><th></th>"
-        + "".join(f"<th>{title}</th>" for title in SHOWN.values()) * len(settings)
-        + "</tr>",
-    ]
+def score_table(by_split: pd.DataFrame, protocol: str) -> str:
+    """HTML table of one protocol: a row a method, mean and standard deviation over splits; strongest controls starred."""
+    by_method = by_split.loc[protocol].groupby(level=["head", "method"], sort=False)
+    means, spreads = by_method.mean(), by_method.std()
+    columns = [(head, metric) for head in means.index.unique("head") for metric in SHOWN]
+    methods = ordered(means.index.unique("method"))
+    controls = [method for method in methods if is_control(method)]
+    strongest = {(head, metric): means.loc[head].loc[controls, metric].idxmax() for head, metric in columns}
+    titles = "".join(f"<th>{html.escape(head)}, {SHOWN[metric]}</th>" for head, metric in columns)
     body = []
     for method in methods:
         cells = []
-        for protocol, head in settings:
-            for metric in SHOWN:
-                mean, spread = (frame.loc[(protocol, head, method), metric] for frame in (means, spreads))
-                star = method == strongest[protocol, head, metric]
-                text = f"{mean:.3f}" + (f" ± {spread:.3f}" if np.isfinite(spread) else "") + (" ★" if star else "")
-                cells.append(f'<td class="number{" best" if star else ""}">{text}</td>')
+        for head, metric in columns:
+            mean, spread = means.loc[(head, method), metric], spreads.loc[(head, method), metric]
+            star = method == strongest[head, metric]
+            text = f"{mean:.3f}" + (f" ± {spread:.3f}" if np.isfinite(spread) else "") + (" ★" if star else "")
+            cells.append(f'<td class="number{" best" if star else ""}">{text}</td>')
         role, style = ("control", "") if is_control(method) else ("pretrained", ' class="model"')
         body.append(f"<tr{style}><td>{html.escape(method)}</td><td>{role}</td>{''.join(cells)}</tr>")
-    return f"<table><thead>{''.join(rows)}</thead><tbody>\n" + "\n".join(body) + "</tbody></table>"
+    head_row = f"<tr><th>method</th><th></th>{titles}</tr>"
+    return f"<table><thead>{head_row}</thead><tbody>\n" + "\n".join(body) + "</tbody></table>"
 
 
 def _worded(found: pd.DataFrame) -> pd.DataFrame:
@@ -183,8 +174,9 @@ def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_c
         by_split = pooled(scores)
         parts.append("<h2>Does pretraining beat the strongest control?</h2>")
         parts.append(table(_worded(verdicts(by_split)), "Only controls were scored."))
-        parts.append("<h2>All methods</h2>")
-        parts.append(score_table(by_split))
+        for protocol in by_split.index.unique("protocol"):
+            parts.append(f"<h2>All methods: {html.escape(protocol)}</h2>")
+            parts.append(score_table(by_split, protocol))
         parts.append(
             '<p class="small">Mean ± standard deviation over splits, over all tested spots of a split. ★ strongest '
             "control of the column. Macro F1, NMI and single sections are in metrics/scores.tsv. random20 puts neighbours of training spots to the test: a method that knows "

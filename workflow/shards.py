@@ -6,6 +6,7 @@ written last: where it lies, everything that it names is whole.
 
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -142,6 +143,7 @@ def write_shards(
         "shards": shards,
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+    logging.info("%d samples of %d slices in %d tars", len(samples), len(packs), len(shards))
     return index
 
 

@@ -8,8 +8,6 @@ see ambient RNA. A spot is a random mixture of cells, mostly of its own domain: 
 Everything is a function of the slice's name, its donor's name and `Settings`: the same on any machine and any number of cores.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -43,3 +43,17 @@ def sha256_of(path: Path) -> str:
     """sha256 of a file, as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def curate_inputs(row: dict[str, str]) -> dict[str, str | list[Path]]:
+    """What a slice's `curate` job waits for, by input name.
+
+    ``listing``: the listing of a slice that is simulated or fetched. Else ``files``: its own files, those that exist;
+    curate says which are missing, so that one slice doesn't stop the others.
+    """
+    if row["source"] == "simulated":
+        return {"listing": f"resources/simulated/{row['slice']}/deposit.json"}
+    if row["source"] != "file":
+        return {"listing": f"resources/download/{row['slice']}/files.json"}
+    places = [*row["url"].split(), *filter(None, [row["labels"]])]
+    return {"files": [file for place in places for file in files_at(place)]}

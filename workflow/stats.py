@@ -1,5 +1,6 @@
 """The vocabulary: every gene that a training slice measured, with its mean and variance over those slices."""
 
+import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -106,4 +107,6 @@ if __name__ == "__main__":
     for path in snakemake.input.moments:  # noqa: F821
         with np.load(path, allow_pickle=False) as file:
             slices.append(dict(file))
-    write_vocabulary(merge_moments(slices), snakemake.output[0])  # noqa: F821
+    vocabulary = merge_moments(slices)
+    write_vocabulary(vocabulary, snakemake.output[0])  # noqa: F821
+    logging.info("%d genes of %d training slices", len(vocabulary.gene_id), len(slices))

@@ -19,6 +19,7 @@ def _template() -> bytearray:
 
 
 _TEMPLATE = _template()
+_SUM = sum(_TEMPLATE) - sum(_TEMPLATE[124:135])  # the size's digits are added for each file
 
 
 def header(name: str, size: int) -> bytes:
@@ -31,7 +32,7 @@ def header(name: str, size: int) -> bytes:
     block = _TEMPLATE.copy()
     block[: len(encoded)] = encoded
     block[124:135] = b"%011o" % size
-    block[148:156] = b"%06o\0 " % sum(block)
+    block[148:156] = b"%06o\0 " % (_SUM + sum(block[: len(encoded)]) + sum(block[124:135]))
     return bytes(block)
 
 

@@ -1,5 +1,6 @@
 """The windows of one slice, drawn and encoded: a pack that holds each sample as it will stand in a shard."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,9 @@ def write_pack(
             rows[window.number] = (at, len(data), *spans[0], *spans[1], *spans[2])
             at += len(data)
     np.save(index, rows, allow_pickle=False)
+    logging.info(
+        "%d windows of %s, %.0f bytes each (counts %.0f)", n, field.slice, at / n, rows["counts_nbytes"].mean()
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def snakemake(*arguments, directory: Path, check: bool = True, env: dict | None 
     return done
 
 
-DEMO = ("--configfile", ROOT / "demo/config.yaml")
+DEMO = ("--configfile", ROOT / "demo/config.yaml", "--")  # without the dashes a target would count as a file
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def test_the_scores_hold_the_model_beside_its_controls(built_demo):
 
 
 def test_a_users_own_h5ad_is_embedded_by_one_command(built_demo, tmp_path):
-    source = ad.read_h5ad(built_demo / "results/slices/sim_val.h5ad")
+    source = ad.read_h5ad(built_demo / "results/slices/sim_d.h5ad")
     mine = ad.AnnData(source.X.astype(np.float32), obs=source.obs[["array_row", "array_col"]], var=source.var[[]])
     mine.obsm["spatial"] = source.obsm["spatial"]
     mine.write_h5ad(tmp_path / "mine.h5ad")
@@ -91,13 +91,13 @@ def test_a_users_own_h5ad_is_embedded_by_one_command(built_demo, tmp_path):
     command += ["--h5ad", tmp_path / "mine.h5ad", "--out", tmp_path / "out.h5ad"]
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
     ours = ad.read_h5ad(tmp_path / "out.h5ad")
-    pipeline = ad.read_h5ad(built_demo / "results/annotated/sim_val.h5ad")
+    pipeline = ad.read_h5ad(built_demo / "results/annotated/sim_d.h5ad")
     np.testing.assert_array_equal(ours.obsm["X_stpatch"], pipeline.obsm["X_stpatch"])
     assert list(ours.obs_names) == list(mine.obs_names)
 
 
 def test_a_bad_slice_ends_in_quarantine_and_does_not_stop_the_others(built_demo, tmp_path):
-    good = ad.read_h5ad(built_demo / "results/slices/sim_val.h5ad")
+    good = ad.read_h5ad(built_demo / "results/slices/sim_d.h5ad")
     good.obs = good.obs[["array_row", "array_col"]]
     for name, change in {"good": 0.0, "scaled": -0.5}.items():
         slice = ad.AnnData(good.X.astype(np.float32), obs=good.obs, var=good.var[[]], obsm=good.obsm)
@@ -111,7 +111,7 @@ def test_a_bad_slice_ends_in_quarantine_and_does_not_stop_the_others(built_demo,
         "{catalogue: mine.tsv, downstream: none.tsv, max_quarantined: 0.5, window: [12, 12], genes: 64, "
         "windows_per_slice: 4}\n"
     )
-    snakemake("--cores", 2, "--configfile", "mine.yaml", "data", directory=tmp_path)
+    snakemake("--cores", 2, "data", "--configfile", "mine.yaml", directory=tmp_path)
     quarantine = pd.read_csv(tmp_path / "results/curate/quarantine.tsv", sep="\t", skiprows=1)
     assert quarantine[["slice", "code"]].values.tolist() == [["scaled", "not_counts"]]
     train = json.loads((tmp_path / "results/shards/train/index.json").read_text())

@@ -240,11 +240,6 @@ def test_what_is_no_slice_is_said_to_be_none(name, text, error, tmp_path):
         read(tmp_path)
 
 
-def test_nothing_at_the_url_is_a_missing_file(tmp_path):
-    with pytest.raises(MissingFile, match="nothing at the catalogue's url"):
-        read(tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize("where", ["raw", "layers", "X"])
 def test_raw_counts_are_found_by_content_in_an_h5ad(where, tmp_path):
     counts = sparse.csr_matrix(np.array([[1.0, 2], [0, 3], [4, 0]], np.float32))

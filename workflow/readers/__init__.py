@@ -7,7 +7,7 @@ from pathlib import Path
 
 import h5py
 
-from workflow.errors import MissingFile, UnknownFormat
+from workflow.errors import UnknownFormat
 from workflow.readers.deposit import Deposit, reading
 from workflow.readers.h5ad import read_h5ad
 from workflow.readers.legacy_st import is_spot_table, read_legacy_st
@@ -30,22 +30,15 @@ def read_deposit(slice: str, files: list[Path], format: str = "auto") -> Deposit
     slice
         Its name, for messages.
     files
-        Every file there is (see `workflow.sources.files_at`); the reader takes what it needs.
+        Every file there is, at least one (see `workflow.sources.files_at`); the reader takes what it needs.
     format
         A catalogue format; ``auto`` looks at the files.
 
     Raises
     ------
     SliceError
-        `MissingFile` if there are no files, `UnknownFormat`, and what the format's own reader raises.
+        `UnknownFormat`, and what the format's own reader raises.
     """
-    if not files:
-        raise MissingFile(
-            slice=slice,
-            found="nothing at the catalogue's url",
-            expected="a file, a folder, or the common prefix of flat files",
-            next_step="check the path; relative ones count from the working directory, then from the repository",
-        )
     return READERS[detect(slice, files) if format == "auto" else format](slice, files)
 
 

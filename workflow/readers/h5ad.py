@@ -142,7 +142,7 @@ def _names(var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _mostly_ensembl(names: np.ndarray) -> bool:
-    return len(names) > 0 and sum(strip_version(name) is not None for name in names) > len(names) / 2
+    return len(names) > 0 and sum(strip_version(name) is not None for name in names) >= len(names) / 2
 
 
 def _array(obs: pd.DataFrame) -> np.ndarray | None:

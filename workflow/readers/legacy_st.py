@@ -20,13 +20,13 @@ SPOT = re.compile(r"^(?:X)?(-?\d+(?:\.\d+)?)[x_](-?\d+(?:\.\d+)?)$")
 
 
 def is_spot_table(path: Path) -> bool:
-    """Whether a text file is such a table of counts, either way round."""
+    """Whether a text file is such a table of counts, either way round (and not one of spots or labels, which have x and y)."""
     with open_text(path) as file:
         header = file.readline().rstrip("\r\n").split("\t")
         first = file.readline().split("\t")[0]
-    return (
-        bool(SPOT.match(first)) and len(header) > 20 or sum(bool(SPOT.match(name)) for name in header) > len(header) / 2
-    )
+    if {"x", "y"} <= set(header):
+        return False
+    return bool(SPOT.match(first)) or sum(bool(SPOT.match(name)) for name in header) > len(header) / 2
 
 
 def read_legacy_st(slice: str, files: list[Path]) -> Deposit:

@@ -12,7 +12,8 @@ unnamed ones, these to raw ones, h5 to MEX.
 
 Barcodes of matrix and positions must agree. Where fewer than half do, their ``-1`` suffixes are taken off on both sides,
 if that leaves them distinct. Positions belong to another sample where they then hold less than 90% of the barcodes, or where,
-of a filtered matrix (fewer than 95% of the listed spots), less than 90% lie in tissue: Space Ranger filters by tissue.
+of a matrix that is not raw and has fewer than 95% of the listed spots, less than 98% lie in tissue: Space Ranger filters by
+tissue, so that all of them should.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ PARQUET = re.compile(r"tissue_positions\.parquet$", re.IGNORECASE)
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 
 FEWEST_SHARED = 0.9
+FEWEST_INSIDE = 0.98
 FILTERED_BELOW = 0.95
 
 
@@ -271,14 +273,14 @@ def match_spots(slice: str, spots: np.ndarray, table: pd.DataFrame, path: Path, 
     )
     if not problem and not raw and len(spots) < FILTERED_BELOW * len(table):
         inside = float((table["in_tissue"].to_numpy()[at[at >= 0]] == 1).mean()) if len(at) else 1.0
-        if inside < FEWEST_SHARED:
-            problem = f"{inside:.0%} of the filtered matrix's {len(at)} barcodes in tissue"
+        if inside < FEWEST_INSIDE:
+            problem = f"{inside:.1%} of the filtered matrix's {len(at)} barcodes in tissue"
     if problem:
         raise PositionsMismatch(
             slice=slice,
             file=str(path),
             found=problem,
-            expected=f"at least {FEWEST_SHARED:.0%}: these are the positions of another sample",
+            expected=f"{FEWEST_SHARED:.0%} listed and {FEWEST_INSIDE:.0%} in tissue at least: these positions are another sample's",
             next_step="find the positions that belong to this matrix",
         )
     return at
