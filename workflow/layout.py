@@ -15,8 +15,9 @@ from workflow.keys import Keys
 LAYOUTS = ("offset", "rank", "bin")
 AUTO = {"staggered": "offset", "square": "rank", "none": "bin"}  # kind of lattice -> what `auto` means
 
-# No capture lattice is as large (11 mm Visium: 128 x 224), so more distinct rows and columns than this are pixels.
-MOST_LINES = 250
+# Coordinates are pixels, not a lattice, where both have more distinct values than any capture area has rows or columns
+# (11 mm Visium: 128 x 224) and the spots fill hardly any of the cells (real pixels: less than a fiftieth).
+MOST_LINES, LEAST_FILL = 250, 0.05
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,17 @@ def compact(array_row, array_col, layout: str, *, slice: str) -> tuple[np.ndarra
     EmptySlice
         No spot.
     RankOnPixels
-        Coordinates that are no lattice: fractions, or nearly as many distinct lines as spots.
+        Coordinates that are no lattice: fractions, or many lines with hardly a spot on each.
     CellCollision
         Two spots in one cell (``offset`` on a square lattice, or a spot listed twice).
     """
     row, col = np.asarray(array_row), np.asarray(array_col)
     if len(row) == 0:
         raise EmptySlice(slice=slice, found="no spot", expected="at least one", next_step="remove the slice")
-    lines = min(len(np.unique(row)), len(np.unique(col)))
-    if np.any(row != np.floor(row)) or np.any(col != np.floor(col)) or lines > max(MOST_LINES, len(row) // 2):
-        raise _pixels(slice, f"coordinates on {len(np.unique(row))} rows and {len(np.unique(col))} columns")
+    rows, cols = len(np.unique(row)), len(np.unique(col))
+    sparse = min(rows, cols) > MOST_LINES and len(row) < LEAST_FILL * rows * cols
+    if sparse or np.any(row != np.floor(row)) or np.any(col != np.floor(col)):
+        raise _pixels(slice, f"{len(row)} spots on {rows} rows and {cols} columns")
     row, col = row.astype(np.int64), col.astype(np.int64)
     y, x = ranks(row), ranks(col // 2 if layout == "offset" else col)
     shape = (int(y.max()) + 1, int(x.max()) + 1)

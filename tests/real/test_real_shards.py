@@ -1,9 +1,10 @@
-"""Sizes of samples and speed of reading on section 151673 with the default codec."""
+"""Sizes of the samples of section 151673 with the default codec."""
 
 import tarfile
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from tests.real.test_real_grid import curated
@@ -14,7 +15,6 @@ from workflow.grid import make_grid
 from workflow.sample import Field
 from workflow.windows import write_pack
 
-yaml = pytest.importorskip("yaml")
 pytestmark = pytest.mark.real
 
 

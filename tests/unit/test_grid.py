@@ -76,7 +76,7 @@ def test_a_slice_without_lattice_is_refused_ranks_with_the_reason(layout):
 
 def test_pixels_passed_off_as_array_coordinates_are_refused():
     pixels = np.random.default_rng(0).integers(0, 20_000, (3000, 2))
-    with pytest.raises(RankOnPixels, match="slice rotated.*found coordinates on 2[0-9]+ rows"):
+    with pytest.raises(RankOnPixels, match="slice rotated.*found 3000 spots on 2[0-9]+ rows"):
         compact(pixels[:, 0], pixels[:, 1], "rank", slice="rotated")
     with pytest.raises(RankOnPixels):
         compact([0.5, 1.0], [0.0, 1.0], "rank", slice="s")
