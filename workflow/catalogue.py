@@ -114,9 +114,9 @@ def load_roles(tables: list[str], root: Path) -> list[dict[str, str]]:
     roles, first = [], {}
     for table in tables:
         for row in load_catalogue(resolve(table, root)):
-            row["url"] = " ".join(resolve(url, root) for url in row["url"].split())
-            if row["labels"]:
-                row["labels"] = resolve(row["labels"], root)
+            if row["source"] != "simulated":  # made below the working directory, wherever that is
+                row["url"] = " ".join(resolve(url, root) for url in row["url"].split())
+                row["labels"] = row["labels"] and resolve(row["labels"], root)
             other = first.setdefault(row["slice"], row)
             same = row["url"] == other["url"] or (row["sha256"] and row["sha256"] == other["sha256"])
             if not same:

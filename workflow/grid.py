@@ -119,7 +119,7 @@ def make_grid(adata, layout: str, pitch_um: float) -> Grid:
         total_counts=totals.astype(np.float32).reshape(height, width),
         array_row=image(placed.array_row, -1, np.int32),
         array_col=image(placed.array_col, -1, np.int32),
-        gene_ids=np.asarray(adata.var_names, dtype=np.dtypes.StringDType()),
+        gene_ids=np.array(list(map(str, adata.var_names)), dtype=np.dtypes.StringDType()),
     )
 
 

@@ -15,9 +15,9 @@ from workflow.keys import Keys
 LAYOUTS = ("offset", "rank", "bin")
 AUTO = {"staggered": "offset", "square": "rank", "none": "bin"}  # kind of lattice -> what `auto` means
 
-# Coordinates are pixels, not a lattice, where both have more distinct values than any capture area has rows or columns
-# (11 mm Visium: 128 x 224) and the spots fill hardly any of the cells (real pixels: less than a fiftieth).
-MOST_LINES, LEAST_FILL = 250, 0.05
+# Coordinates are pixels, not a lattice, where both have more distinct values than the largest capture area has rows
+# (11 mm Visium: 128 x 224) and the spots fill hardly any of the cells (full-resolution pixels: less than a hundredth).
+MOST_LINES, LEAST_FILL = 128, 0.05
 
 
 @dataclass(frozen=True)

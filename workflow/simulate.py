@@ -207,7 +207,7 @@ def tiny_slice(
     Parameters
     ----------
     seed
-        Of everything; the gene programmes depend on ``n_genes`` and ``n_domains`` alone, so that slices can be learnt from each other.
+        Of all but the gene programmes, which follow from the other arguments: one slice can be learnt from another.
     n_genes
         Number of genes, ids ``ENSG90000000000``.. counted from ``gene_offset``.
     shape

@@ -55,7 +55,9 @@ def test_rank_leaves_151673_half_empty_and_offset_fills_it(real_data):
     assert 0.77 <= fill["offset"] <= 0.93
 
 
-@pytest.mark.parametrize("name", ["whole_151673", "dlpfc_151674", "lymph_node", "breast_brca0"])
+@pytest.mark.parametrize(
+    "name", ["whole_151673", "dlpfc_151674", "lymph_node", "breast_brca0", "her2st_A1", "her2st_C1"]
+)
 def test_real_pixel_coordinates_are_refused_as_ranks(real_data, name):
     adata = curated(name)
     turn = np.deg2rad(3)

@@ -178,7 +178,9 @@ def test_the_learning_rate_warms_up_and_falls_along_half_a_cosine():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_model(shards, tmp_path):
-    with pytest.raises(SystemExit, match="loss .*at step [0-9]+, learning rate 9.97e.29.*expected finite numbers.*--clip"):
+    with pytest.raises(
+        SystemExit, match="loss .*at step [0-9]+, learning rate 9.97e.29.*expected finite numbers.*--clip"
+    ):
         pretrain_in(tmp_path, shards, "--steps", 30, "--lr", 1e30)
     assert not (tmp_path / "model.safetensors").exists()
     assert issubclass(NonFiniteLoss, ValueError)

@@ -142,3 +142,9 @@ def test_relative_paths_resolve_against_the_working_directory_then_the_repositor
     assert resolve("x.tsv", repository) == "x.tsv"
     assert resolve("https://a.b/x.tsv", repository) == "https://a.b/x.tsv"
     assert resolve("made-later", repository) == "made-later"
+
+
+def test_places_of_simulated_slices_do_not_depend_on_what_lies_in_the_repository(tmp_path):
+    (tmp_path / "resources/a").mkdir(parents=True)
+    table = write_table(tmp_path / "t.tsv", row("a", source="simulated", url="resources/a"))
+    assert load_roles([str(table)], root=tmp_path)[0]["url"] == "resources/a"

@@ -290,7 +290,7 @@ def test_an_h5ad_without_positions_is_refused(tmp_path):
 def test_a_transposed_h5ad_is_found_out(area, tmp_path):
     adata = anndata.read_h5ad(tmp_path / write_cellxgene(area, tmp_path)).raw.to_adata()
     adata.T.write_h5ad(tmp_path / "turned.h5ad")
-    with pytest.raises(Transposed, match=r"barcodes in columns \(AA.*transpose"):
+    with pytest.raises(Transposed, match=r"spots in columns \(AA.*transpose"):
         read(tmp_path / "turned.h5ad")
 
 

@@ -97,11 +97,12 @@ def _counts(slice: str, path: Path, adata: anndata.AnnData):
     if adata.raw is not None:
         candidates.insert(0, ("raw.X", adata.raw.X, adata.raw.var))
     candidates = [(name, matrix, var) for name, matrix, var in candidates if matrix is not None]
-    if looks_like_barcodes(adata.var_names) and not looks_like_barcodes(adata.obs_names):
+    barcodes = looks_like_barcodes(adata.var_names) and not looks_like_barcodes(adata.obs_names)
+    if barcodes or _mostly_ensembl(strings(adata.obs_names)):
         raise Transposed(
             slice=slice,
             file=str(path),
-            found=f"genes in rows ({_some(adata.obs_names)}) and barcodes in columns ({_some(adata.var_names)})",
+            found=f"genes in rows ({_some(adata.obs_names)}) and spots in columns ({_some(adata.var_names)})",
             expected="spots in rows, genes in columns",
             next_step="transpose the file (adata.T)",
         )

@@ -1,0 +1,146 @@
+"""The contract between the two rooms, which share files and no code: the one module that imports both."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from trainer import embed, expression
+from trainer.data import SAMPLE, Shards, Vocabulary
+from workflow.codec import decode
+from workflow.expression import log_normalise
+from workflow.grid import make_grid
+from workflow.moments import moments
+from workflow.sample import Field, draw_windows
+from workflow.shards import SAMPLE_DTYPE, write_shards
+from workflow.simulate import tiny_slice
+from workflow.stats import merge_moments, read_vocabulary, write_vocabulary
+from workflow.whole import whole_slice
+from workflow.windows import write_pack
+
+NAMES = ["one", "two"]
+DRAW = {"n": 10, "m": 16, "selection": "weighted", "epsilon": 1e-6, "min_observed": 0.5, "seed": 0}
+SETTINGS = {
+    "layout": "auto", "pitch_um": 100, "window": [6, 5], "genes": 16, "windows_per_slice": 10, "selection": "weighted",
+    "epsilon": 1e-6, "min_observed": 0.5, "target_sum": 10000, "codec": "zstd", "shard_mb": 0.02, "seed": 0,
+}  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning:webdataset")
+
+
+@pytest.fixture(scope="module")
+def grids():
+    """The second slice measured ten genes that the first did not, and not the first one's first ten."""
+    slices = (tiny_slice(seed=i, n_genes=60, gene_offset=10 * i, name=name) for i, name in enumerate(NAMES))
+    return {name: make_grid(slice, "auto", 100) for name, slice in zip(NAMES, slices, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def built(grids, tmp_path_factory):
+    """Folder of shards, and the genes.tsv they were made with, by the pipeline's own code."""
+    folder = tmp_path_factory.mktemp("contract")
+    found = [{"gene_ids": grid.gene_ids, "symbols": grid.gene_ids, **moments(grid, 1e4)} for grid in grids.values()]
+    write_vocabulary(merge_moments(found), folder / "genes.tsv")
+    gene_ids = list(read_vocabulary(folder / "genes.tsv").gene_id)
+    packs = []
+    for name, grid in grids.items():
+        packs.append((folder / f"{name}.bin", folder / f"{name}.npy"))
+        field, facts = Field(grid, gene_ids, (6, 5), 1e4), {"pitch_um": 100.0, "layout": "offset"}
+        write_pack(field, facts, *packs[-1], **DRAW, codec_name="zstd")
+    rows = [{"slice": name, "source": "simulated", "organism": "human", "donor": name} for name in NAMES]
+    write_shards(folder / "train", packs, folder / "genes.tsv", split="train", rows=rows, settings=SETTINGS)
+    return folder
+
+
+@pytest.mark.parametrize("target_sum", [1e4, 1e6])
+def test_numpy_and_torch_normalise_alike(target_sum):
+    rng = np.random.default_rng(0)
+    counts = np.minimum(rng.geometric(0.01, (200, 50)) * (rng.random((200, 50)) < 0.5), 65535).astype(np.uint16)
+    counts[0, 0] = 65535
+    totals = (counts.sum(1) * rng.uniform(1, 3, 200)).round().astype(np.float32)
+    totals[5], counts[5] = 0, 0
+    expected = log_normalise(counts, totals[:, None], target_sum)
+    single = expression.log_normalise(torch.from_numpy(counts), torch.from_numpy(totals), target_sum)
+    double = expression.log_normalise(torch.from_numpy(counts), torch.from_numpy(totals).double(), target_sum)
+    assert single.dtype == torch.float32
+    np.testing.assert_allclose(single.numpy(), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(double.numpy(), expected, rtol=1e-12)
+
+
+def test_the_sample_table_is_declared_alike():
+    assert SAMPLE == SAMPLE_DTYPE
+
+
+def test_both_sides_read_one_vocabulary(built):
+    ours, theirs = Vocabulary.read(built / "genes.tsv"), read_vocabulary(built / "genes.tsv")
+    assert ours.gene_ids == list(theirs.gene_id)
+    assert len(ours.gene_ids) == 70
+    np.testing.assert_array_equal(ours.mean, theirs.mean)
+
+
+def test_the_trainer_reads_the_windows_that_were_drawn(built, grids):
+    reader, gene_ids = Shards(built / "train"), read_vocabulary(built / "genes.tsv").gene_id
+    drawn = {
+        (s, window.number): window
+        for s, grid in enumerate(grids.values())
+        for window in draw_windows(Field(grid, gene_ids, (6, 5), 1e4), **DRAW)
+    }
+    assert len(reader) == len(drawn) == 20
+    assert len(reader.tars) > 1
+    batch = reader.read(np.arange(20), np.arange(20), epoch=0)
+    for i, sample in enumerate(reader.samples):
+        window = drawn.pop((int(sample["slice"]), int(sample["window"])))
+        np.testing.assert_array_equal(batch.counts[i].numpy(), window.counts)
+        np.testing.assert_array_equal(batch.genes[i].numpy(), window.genes)
+        np.testing.assert_array_equal(batch.totals[i].numpy(), window.totals)
+    assert not drawn
+
+
+def test_stock_webdataset_and_the_trainer_read_the_same(built):
+    reader = Shards(built / "train")
+    tars = [str(built / "train" / name) for name in reader.names]
+    n = 0
+    for row, member in enumerate(webdataset.WebDataset(tars, shardshuffle=False)):
+        counts, genes, totals, facts = decode(member["counts.blosc"], member["sites.blosc"], member["json"])
+        batch = reader.read(np.array([row]), np.array([row]), epoch=0)
+        sample = reader.samples[row]
+        assert facts["slice"] == NAMES[sample["slice"]]
+        assert facts["window"] == sample["window"]
+        np.testing.assert_array_equal(batch.counts[0].numpy(), counts)
+        np.testing.assert_array_equal(batch.genes[0].numpy(), genes)
+        np.testing.assert_array_equal(batch.totals[0].numpy(), totals)
+        n += 1
+    assert n == len(reader)
+
+
+def test_the_trainer_reads_a_whole_slice(built, grids, tmp_path):
+    vocabulary = Vocabulary.read(built / "genes.tsv")
+    grid = grids["two"]
+    content = whole_slice(
+        grid, vocabulary.gene_ids, genes_sha256=vocabulary.sha256, target_sum=10000, codec_name="lz4", simulated=True
+    )
+    (tmp_path / "two.tar").write_bytes(content)
+    data = {"genes": {"n": 70, "sha256": vocabulary.sha256}, "target_sum": 10000.0}
+    whole = embed.read_for({"data": data}, tmp_path / "two.tar")
+    assert [vocabulary.gene_ids[k] for k in whole.genes] == sorted(grid.gene_ids)
+    in_order = np.argsort(grid.gene_ids)
+    np.testing.assert_array_equal(whole.counts, grid.counts[:, :, in_order].transpose(2, 0, 1))
+    np.testing.assert_array_equal(whole.totals, grid.total_counts)
+    np.testing.assert_array_equal(whole.spot, grid.spot)
+    assert whole.facts["simulated"] is True
+    assert json.dumps(whole.facts)
+
+
+def test_the_mean_of_the_vocabulary_is_that_of_the_trainers_values(built, grids):
+    """The gene-mean baseline is on the scale of what the model predicts."""
+    vocabulary, grid = Vocabulary.read(built / "genes.tsv"), grids["one"]
+    only_here = [k for k, gene in enumerate(grid.gene_ids) if gene not in set(grids["two"].gene_ids)]
+    assert len(only_here) == 10
+    counts, totals = grid.counts[grid.mask][:, only_here], grid.total_counts[grid.mask]
+    values = expression.log_normalise(torch.from_numpy(counts), torch.from_numpy(totals), 1e4)
+    rows = [vocabulary.gene_ids.index(grid.gene_ids[k]) for k in only_here]
+    np.testing.assert_allclose(values.mean(0).numpy(), vocabulary.mean[rows], rtol=1e-5)
