@@ -21,11 +21,6 @@ SAMPLE_SETTINGS = [
 ]
 
 
-def without_paths(row):
-    """A catalogue row but for where its files lie: the same slices give the same index on any machine."""
-    return {key: value for key, value in row.items() if key not in ("url", "labels")}
-
-
 rule windows:
     input:
         grid="<results>/grids/{slice}.zarr",
@@ -78,7 +73,11 @@ rule shards:
     resources:
         mem_mb=lambda wildcards, attempt: (1000 + 2 * config["shard_mb"]) * attempt,
     params:
-        rows=lambda wildcards: [without_paths(SLICES[name]) for name in admitted(wildcards.split)],
+        # rows without the places of their files: the same slices give the same index on any machine
+        rows=lambda wildcards: [
+            {key: value for key, value in SLICES[name].items() if key not in ("url", "labels")}
+            for name in admitted(wildcards.split)
+        ],
         settings={key: config[key] for key in SAMPLE_SETTINGS},
     script:
         "../workflow/shards.py"

@@ -208,15 +208,15 @@ def write_table(path, kind: str, header, rows: list[dict]) -> None:
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    params = dict(snakemake.params.items())  # noqa: F821
+    log_to(snakemake.log[0])
+    params = dict(snakemake.params.items())
     most, roles = params.pop("max_quarantined"), params.pop("roles")
-    slices = [read_outline(path) for path in snakemake.input]  # noqa: F821
+    slices = [read_outline(path) for path in snakemake.input]
     admitted, quarantined, duplicates = admit(slices, roles, **params)
     for row in quarantined:
         log.warning("%s left out: [%s] found %s; expected %s", row["slice"], row["code"], row["found"], row["expected"])
     check_quarantine(len(slices), quarantined, most)
-    output = snakemake.output  # noqa: F821
+    output = snakemake.output
     write_table(output.admitted, "admitted", [*columns(), "n_spots", "n_genes"], admitted)
     write_table(output.quarantine, "quarantine", QUARANTINE, quarantined)
     write_table(output.duplicates, "duplicates", DUPLICATES, duplicates)

@@ -121,10 +121,10 @@ if __name__ == "__main__":
     if "snakemake" in globals():
         from workflow.logs import log_to
 
-        log_to(snakemake.log[0])  # noqa: F821
-        slice = ad.read_h5ad(snakemake.input.slice)  # noqa: F821
+        log_to(snakemake.log[0])
+        slice = ad.read_h5ad(snakemake.input.slice)
         name = str(slice.uns[Keys.STPATCH]["slice"])
-        slice.obsm[Keys.EMBEDDING] = read_embedding(snakemake.input.embedding, slice.n_obs, name)  # noqa: F821
-        slice.write_h5ad(snakemake.output[0], compression="gzip", compression_opts=1)  # noqa: F821
+        slice.obsm[Keys.EMBEDDING] = read_embedding(snakemake.input.embedding, slice.n_obs, name)
+        slice.write_h5ad(snakemake.output[0], compression="gzip", compression_opts=1)
     else:
         main()

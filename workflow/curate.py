@@ -279,12 +279,12 @@ def located(row: dict[str, str], listing: Path | None) -> tuple[list[Path] | Non
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    row, listing = dict(snakemake.params.row), snakemake.input.get("listing")  # noqa: F821
+    log_to(snakemake.log[0])
+    row, listing = dict(snakemake.params.row), snakemake.input.get("listing")
     try:
         files, labels = located(row, Path(listing) if listing else None)
-        adata = curate(row, snakemake.params.gene_tables, files, labels)  # noqa: F821
+        adata = curate(row, snakemake.params.gene_tables, files, labels)
     except SliceError as error:
         logger.error("set apart: %s", error)
         adata = rejected(row, error)
-    write_slice(adata, snakemake.output[0])  # noqa: F821
+    write_slice(adata, snakemake.output[0])

@@ -556,6 +556,6 @@ def _changed(source: Source, found: str, expected: str) -> SliceError:
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    folder = Path(snakemake.output[0]).parent  # noqa: F821
-    download(snakemake.params.row, folder, allow_hosts=snakemake.params.hosts)  # noqa: F821
+    log_to(snakemake.log[0])
+    folder = Path(snakemake.output[0]).parent
+    download(snakemake.params.row, folder, allow_hosts=snakemake.params.hosts)

@@ -208,11 +208,11 @@ if __name__ == "__main__":
 
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    curated = anndata.read_h5ad(snakemake.input.slice)  # noqa: F821
-    params = snakemake.params  # noqa: F821
+    log_to(snakemake.log[0])
+    curated = anndata.read_h5ad(snakemake.input.slice)
+    params = snakemake.params
     grid = make_grid(curated, params.layout, params.pitch_um)
-    write_grid(grid, snakemake.output[0])  # noqa: F821
+    write_grid(grid, snakemake.output[0])
     logging.info(
         "%d spots in %s cells, layout %s, %.0f%% observed, %d genes",
         grid.n_spots,

@@ -41,8 +41,8 @@ if __name__ == "__main__":
     from workflow.keys import Keys
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    grid = read_grid(snakemake.input.grid)  # noqa: F821
-    var = anndata.read_h5ad(snakemake.input.slice, backed="r").var  # noqa: F821
+    log_to(snakemake.log[0])
+    grid = read_grid(snakemake.input.grid)
+    var = anndata.read_h5ad(snakemake.input.slice, backed="r").var
     symbols = var[Keys.SYMBOL].astype(str).reindex(grid.gene_ids.astype(object))
-    write_moments(snakemake.output[0], grid.gene_ids, symbols, moments(grid, snakemake.params.target_sum))  # noqa: F821
+    write_moments(snakemake.output[0], grid.gene_ids, symbols, moments(grid, snakemake.params.target_sum))

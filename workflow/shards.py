@@ -165,12 +165,12 @@ def _sha256(path: Path) -> str:
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
+    log_to(snakemake.log[0])
     write_shards(
-        Path(snakemake.output.index).parent,  # noqa: F821
-        list(zip(snakemake.input.packs, snakemake.input.indices, strict=True)),  # noqa: F821
-        snakemake.input.genes,  # noqa: F821
-        split=snakemake.wildcards.split,  # noqa: F821
-        rows=snakemake.params.rows,  # noqa: F821
-        settings=dict(snakemake.params.settings),  # noqa: F821
+        Path(snakemake.output.index).parent,
+        list(zip(snakemake.input.packs, snakemake.input.indices, strict=True)),
+        snakemake.input.genes,
+        split=snakemake.wildcards.split,
+        rows=snakemake.params.rows,
+        settings=dict(snakemake.params.settings),
     )

@@ -320,10 +320,10 @@ def write_slice(name: str, row: dict[str, str], genes_tsv: Path, manifest: Path)
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
+    log_to(snakemake.log[0])
     write_slice(
-        snakemake.wildcards.slice,  # noqa: F821
-        dict(snakemake.params.row),  # noqa: F821
-        Path(snakemake.input.genes),  # noqa: F821
-        Path(snakemake.output.manifest),  # noqa: F821
+        snakemake.wildcards.slice,
+        dict(snakemake.params.row),
+        Path(snakemake.input.genes),
+        Path(snakemake.output.manifest),
     )

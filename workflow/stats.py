@@ -102,11 +102,11 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
+    log_to(snakemake.log[0])
     slices = []
-    for path in snakemake.input.moments:  # noqa: F821
+    for path in snakemake.input.moments:
         with np.load(path, allow_pickle=False) as file:
             slices.append(dict(file))
     vocabulary = merge_moments(slices)
-    write_vocabulary(vocabulary, snakemake.output[0])  # noqa: F821
+    write_vocabulary(vocabulary, snakemake.output[0])
     logging.info("%d genes of %d training slices", len(vocabulary.gene_id), len(slices))

@@ -83,14 +83,14 @@ def whole_slice(
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    genes = Path(snakemake.input.genes)  # noqa: F821
+    log_to(snakemake.log[0])
+    genes = Path(snakemake.input.genes)
     content = whole_slice(
-        read_grid(snakemake.input.grid),  # noqa: F821
+        read_grid(snakemake.input.grid),
         read_vocabulary(genes).gene_id,
         genes_sha256=hashlib.sha256(genes.read_bytes()).hexdigest(),
-        target_sum=snakemake.params.target_sum,  # noqa: F821
-        codec_name=snakemake.params.codec,  # noqa: F821
-        simulated=snakemake.params.simulated,  # noqa: F821
+        target_sum=snakemake.params.target_sum,
+        codec_name=snakemake.params.codec,
+        simulated=snakemake.params.simulated,
     )
-    Path(snakemake.output[0]).write_bytes(content)  # noqa: F821
+    Path(snakemake.output[0]).write_bytes(content)

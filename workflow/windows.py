@@ -92,15 +92,15 @@ def write_pack(
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    params = snakemake.params  # noqa: F821
-    grid = read_grid(snakemake.input.grid)  # noqa: F821
-    vocabulary = read_vocabulary(snakemake.input.genes)  # noqa: F821
+    log_to(snakemake.log[0])
+    params = snakemake.params
+    grid = read_grid(snakemake.input.grid)
+    vocabulary = read_vocabulary(snakemake.input.genes)
     write_pack(
         Field(grid, vocabulary.gene_id, params.window, params.target_sum),
         {"pitch_um": grid.pitch_um, "layout": grid.layout},
-        snakemake.output.pack,  # noqa: F821
-        snakemake.output.index,  # noqa: F821
+        snakemake.output.pack,
+        snakemake.output.index,
         n=params.windows_per_slice,
         m=params.genes,
         selection=params.selection,
