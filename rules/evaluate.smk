@@ -14,8 +14,12 @@ def scored_datasets():
 rule score:
     input:
         slices=lambda w: expand("<results>/slices/{slice}.h5ad", slice=admitted(w.dataset)),
-        stpatch=lambda w: expand("<results>/embeddings/stpatch/{slice}.safetensors", slice=admitted(w.dataset)),
-        untrained=lambda w: expand("<results>/embeddings/untrained/{slice}.safetensors", slice=admitted(w.dataset)),
+        stpatch=lambda w: expand(
+            "<results>/embeddings/stpatch/{slice}.safetensors", slice=admitted(w.dataset)
+        ),
+        untrained=lambda w: expand(
+            "<results>/embeddings/untrained/{slice}.safetensors", slice=admitted(w.dataset)
+        ),
     output:
         scores="<results>/metrics/{dataset}/scores.tsv",
         predictions="<results>/metrics/{dataset}/predictions.tsv.gz",
@@ -24,16 +28,16 @@ rule score:
         "<results>/logs/score/{dataset}.log",
     benchmark:
         "<results>/benchmarks/score/{dataset}.tsv"
+    conda:
+        "../envs/eval.yaml"
+    resources:
+        mem_mb=8000,
     params:
         heads=config["evaluate"]["heads"],
         protocols=config["evaluate"]["protocols"],
         splits=config["evaluate"]["splits"],
         seed=config["seed"],
         target_sum=config["target_sum"],
-    resources:
-        mem_mb=8000,
-    conda:
-        "../envs/eval.yaml"
     script:
         "../workflow/score.py"
 
@@ -45,9 +49,9 @@ rule scores:
         "<results>/metrics/scores.tsv",
     log:
         "<results>/logs/scores/scores.log",
-    resources:
-        mem_mb=1000,
     conda:
         "../envs/eval.yaml"
+    resources:
+        mem_mb=1000,
     script:
         "../workflow/scores.py"

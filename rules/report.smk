@@ -13,7 +13,9 @@ report: "captions/workflow.rst"
 
 def index_of(name):
     """The index of the shards that hold the slice's windows; none for a slice that is only evaluated."""
-    return [f"<results>/shards/{split}/index.json" for split in ("train", "val") if name in admitted(split)][:1]
+    return [f"<results>/shards/{split}/index.json" for split in ("train", "val") if name in admitted(split)][
+        :1
+    ]
 
 
 def overview(*splits):
@@ -35,13 +37,13 @@ rule panels:
         ),
     log:
         "<results>/logs/panels/{slice}.log",
+    conda:
+        "../envs/eval.yaml"
+    resources:
+        mem_mb=6000,
     params:
         window=config["window"],
         target_sum=config["target_sum"],
-    resources:
-        mem_mb=6000,
-    conda:
-        "../envs/eval.yaml"
     script:
         "../workflow/panels.py"
 
@@ -67,10 +69,10 @@ rule qc:
         ),
     log:
         "<results>/logs/qc/qc.log",
-    resources:
-        mem_mb=4000,
     conda:
         "../envs/eval.yaml"
+    resources:
+        mem_mb=4000,
     script:
         "../workflow/qc.py"
 
@@ -88,12 +90,12 @@ rule fill:
         ),
     log:
         "<results>/logs/fill/fill.log",
-    params:
-        slices=lambda w: overview("train", "val"),
-    resources:
-        mem_mb=4000,
     conda:
         "../envs/eval.yaml"
+    resources:
+        mem_mb=4000,
+    params:
+        slices=lambda w: overview("train", "val"),
     script:
         "../workflow/fill.py"
 
@@ -111,10 +113,10 @@ rule curve:
         ),
     log:
         "<results>/logs/curve/curve.log",
-    resources:
-        mem_mb=2000,
     conda:
         "../envs/eval.yaml"
+    resources:
+        mem_mb=2000,
     script:
         "../workflow/curve.py"
 
@@ -138,12 +140,12 @@ rule scoreboard:
         ),
     log:
         "<results>/logs/scoreboard/{dataset}.log",
-    params:
-        allow_contamination=config["allow_contamination"],
-    resources:
-        mem_mb=2000,
     conda:
         "../envs/eval.yaml"
+    resources:
+        mem_mb=2000,
+    params:
+        allow_contamination=config["allow_contamination"],
     script:
         "../workflow/scoreboard.py"
 
@@ -162,10 +164,10 @@ rule maps:
         ),
     log:
         "<results>/logs/maps/{dataset}.log",
-    resources:
-        mem_mb=4000,
     conda:
         "../envs/eval.yaml"
+    resources:
+        mem_mb=4000,
     script:
         "../workflow/maps.py"
 
@@ -184,11 +186,11 @@ rule report:
         "<results>/report.html",
     log:
         "<results>/logs/report/report.log",
+    localrule: True
+    resources:
+        mem_mb=2000,
     params:
         config=config,
         snakefile=str(workflow.main_snakefile),
-    resources:
-        mem_mb=2000,
-    localrule: True
     script:
         "../workflow/report.py"

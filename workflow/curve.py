@@ -9,7 +9,7 @@ from workflow.plotting import CONTROL, MODEL, headline, new_figure, save
 
 
 def read_metrics(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The `train` and the `val` lines of `metrics.jsonl`, by step; a step logged twice (resumed) counts as last logged."""
+    """The `train` and the `val` lines of `metrics.jsonl`, by step; of a step logged twice (resumed) the last counts."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
     return tuple(
         pd.DataFrame([line for line in lines if line["kind"] == kind], columns=["kind", "step", *columns])

@@ -5,7 +5,7 @@ import zarr
 
 from workflow.drawn import origins, read_index
 from workflow.layout import observed_in_windows
-from workflow.plotting import CONTROL, MAX_ROWS, MODEL, draw_ranges, headline, list_rows, new_figure, save
+from workflow.plotting import CONTROL, MODEL, draw_ranges, headline, list_rows, new_figure, save
 
 SPLIT_COLOURS = {"train": MODEL, "val": CONTROL}
 
@@ -56,4 +56,4 @@ if __name__ == "__main__":
                 mask = zarr.open_group(grids[name], mode="r")["mask"][:]
                 seen = observed_in_windows(mask, (about["h"], about["w"]))[*places.T]
                 rows.append((name, about["split"], float(mask.mean()), seen / (about["h"] * about["w"])))
-    save(draw(rows[:MAX_ROWS], n_slices, about), snakemake.output[0], simulated)  # noqa: F821
+    save(draw(rows, n_slices, about), snakemake.output[0], simulated)  # noqa: F821

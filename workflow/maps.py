@@ -12,7 +12,7 @@ MAX_SECTIONS = 4
 
 
 def best_columns(predictions: pd.DataFrame) -> dict[str, str]:
-    """Who is drawn: the column `protocol:method:head` of the highest accuracy over all predicted spots, of either side."""
+    """Of either side the column `protocol:method:head` with the highest accuracy over all predicted spots."""
     predicted = [name for name in predictions.columns if name.count(":") == 2]
     accuracy = {name: correct(predictions, name) for name in predicted}
     sides = {"stpatch": [], "strongest control": []}

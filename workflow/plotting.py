@@ -22,7 +22,6 @@ DOMAINS = [
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
     "#999999", "#882255", "#44AA99", "#DDCC77", "#332288", "#AA4499", "#117733", "#88CCEE",
 ]  # fmt: skip
-MAX_ROWS = 60  # slices that one overview figure lists
 DPI = 110
 
 STYLE = {

@@ -1,4 +1,4 @@
-"""The heads put on frozen features, and the metrics of what they predict. Classes are ints, in the order of their names."""
+"""The heads put on frozen features, and the metrics of what they predict; classes are ints, ordered by name."""
 
 import warnings
 from typing import NamedTuple

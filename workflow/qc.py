@@ -1,6 +1,5 @@
 """Overview of the admitted slices (spots, counts, genes) and of those that were rejected or set apart."""
 
-import html
 from pathlib import Path
 
 import h5py
@@ -8,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from workflow.keys import Keys
-from workflow.plotting import CONTROL, MAX_ROWS, MODEL, draw_ranges, headline, list_rows, new_figure, page, save, table
+from workflow.plotting import CONTROL, MODEL, draw_ranges, headline, list_rows, new_figure, page, save, table
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -50,7 +49,7 @@ def rejected(quarantine: pd.DataFrame, duplicates: pd.DataFrame, simulated: bool
         + table(quarantine, "No slice was rejected.")
         + f"<h2>Duplicates: {len(duplicates)}</h2>"
         + table(duplicates, "No two slices hold the same tissue.")
-        + f'<p class="small">{html.escape("Codes are those of workflow/errors.py; each row says what to do next.")}</p>',
+        + '<p class="small">Codes are those of workflow/errors.py; each row says what to do next.</p>',
     )
 
 
@@ -60,11 +59,11 @@ if __name__ == "__main__":
     log_to(snakemake.log[0])  # noqa: F821
     given = snakemake.input  # noqa: F821
     admitted = read_table(given.admitted)
-    # A slice may stand in two roles: pretraining wins the colour only if it is not evaluated.
+    # A slice may stand in two roles: evaluation wins the colour.
     evaluated = set(admitted["slice"][~admitted["split"].isin(["train", "val"])])
     names = sorted(set(admitted["slice"]))
     simulated = bool((admitted["source"] == "simulated").any())
-    depths = [depth(path) for path in given.slices]
-    save(draw(names[:MAX_ROWS], depths, evaluated, len(names)), snakemake.output.figure, simulated)  # noqa: F821
+    depths = [depth(path) for path in given.slices]  # of the first slices by name
+    save(draw(names[: len(depths)], depths, evaluated, len(names)), snakemake.output.figure, simulated)  # noqa: F821
     tables = read_table(given.quarantine), read_table(given.duplicates)
     Path(snakemake.output.rejected).write_text(rejected(*tables, simulated))  # noqa: F821

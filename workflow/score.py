@@ -126,9 +126,8 @@ def score(
     of_section = np.repeat(np.arange(len(sections)), [section.n_spots for section in sections])
     labelled = np.array([label is not None for label in labels])
     embedded = np.all([np.isfinite(everything[method]).all(axis=1) for method in embeddings], axis=0)
-    for index, section in enumerate(sections):
-        for kind, absent in (("unlabelled", ~labelled), ("without_embedding", labelled & ~embedded)):
-            n = int((absent & (of_section == index)).sum())
+    for kind, absent in (("unlabelled", ~labelled), ("without_embedding", labelled & ~embedded)):
+        for section, n in zip(sections, np.bincount(of_section[absent], minlength=len(sections)), strict=True):
             if n:
                 notes.add(kind, section=section.name, detail=f"{n} of {section.n_spots} spots left out")
     chosen = np.flatnonzero(labelled & embedded)
@@ -143,21 +142,15 @@ def score(
         mapped = mapped or (protocol if splits else None)
         for split, train, test in splits:
             if not len(train) or not len(test):
-                detail = f"{len(train)} training and {len(test)} tested spots"
-                notes.add("split_skipped", protocol=protocol, split=split, detail=detail)
+                found = f"{len(train)} training and {len(test)} tested spots"
+                notes.add("split_skipped", protocol=protocol, split=split, detail=found)
                 continue
             for name in classes[~np.isin(np.arange(len(classes)), y[train])]:
                 notes.add("class_absent_from_training", protocol=protocol, split=split, detail=name)
             for method, head, prediction in _predict(x, y, train, test, heads):
                 if not prediction.converged:
-                    notes.add(
-                        "not_converged",
-                        protocol=protocol,
-                        split=split,
-                        method=method,
-                        head=head,
-                        detail=f"stopped after {probes.MAX_ITER} iterations",
-                    )
+                    where = {"protocol": protocol, "split": split, "method": method, "head": head}
+                    notes.add("not_converged", detail=f"stopped after {probes.MAX_ITER} iterations", **where)
                 for section, of in _tested(sections, of_section[test]):
                     for metric, value in probes.metrics(y[test][of], prediction.classes[of]).items():
                         rows.append((dataset, section, method, head, protocol, split, metric, value))
