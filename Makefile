@@ -1,12 +1,14 @@
 # make setup   .venv with pinned dependencies
 # make demo    the whole main job on simulated slices, offline, minutes on two cores
 # make test    lint, format check, snakemake --lint, all tests
+# make test-validator  the public CELLXGENE validator on a simulated file
 PYTHON ?= python3
 BIN := .venv/bin
 CORES ?= all
+VALIDATOR := 7.1.0
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-validator lint format clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -42,6 +44,15 @@ format: setup
 
 test: lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slurm"
+
+# The validator's pins clash with ours.
+.venv-validator/.ready:
+	$(PYTHON) -m venv .venv-validator
+	.venv-validator/bin/python -m pip install --quiet --disable-pip-version-check cellxgene-schema==$(VALIDATOR)
+	@touch $@
+
+test-validator: setup .venv-validator/.ready
+	PATH="$(CURDIR)/.venv-validator/bin:$$PATH" $(BIN)/python -m pytest -k public_validator tests/unit/test_simulate.py
 
 clean:
 	rm -rf results resources .snakemake

@@ -39,7 +39,7 @@ def draw(dataset: str, predictions: pd.DataFrame, places: dict[str, np.ndarray])
     shown, domains = sections[:MAX_SECTIONS], sorted(predictions["label"].unique())
     columns = {"true": "label", **best_columns(predictions)}
     colours = domain_colours(len(domains))
-    size = (4.3 * len(columns), 1.2 + 4.0 * len(shown))
+    size = (3.9 * len(columns), 1.2 + 3.6 * len(shown))
     figure, axes = new_figure(len(shown), len(columns), figsize=size, squeeze=False)
     for row, section in enumerate(shown):
         of_section = predictions[predictions["section"] == section]

@@ -95,10 +95,10 @@ def draw(dataset: str, by_split: pd.DataFrame):
                 place = bases.index(base) + {"": 0, "+centred": 0.22, "+standardised": -0.22}[suffix]
                 colour = CONTROL if is_control(method) else MODEL
                 strongest = is_control(method) and mean == best
-                axis.errorbar(
-                    mean, place, xerr=spread, color=colour, marker=SUFFIX_MARKS[suffix], markersize=8 if strongest else 5,
-                    markeredgecolor="black" if strongest else colour, linewidth=1, zorder=3 if strongest else 2,
-                )  # fmt: skip
+                look = {"marker": SUFFIX_MARKS[suffix], "color": colour, "linewidth": 1, "markersize": 5}
+                if strongest:
+                    look |= {"markersize": 8, "markeredgecolor": "black", "zorder": 3}
+                axis.errorbar(mean, place, xerr=spread, **look)
             axis.set(title=f"{protocol}, {head}", xlabel=SHOWN[metric])
             axis.grid(axis="y", color="#EEEEEE")
             axis.set_axisbelow(True)
@@ -116,7 +116,7 @@ def draw(dataset: str, by_split: pd.DataFrame):
 
 
 def score_table(by_split: pd.DataFrame, protocol: str) -> str:
-    """HTML table of one protocol: a row a method, mean and standard deviation over splits; strongest controls starred."""
+    """Table of one protocol in HTML: a row a method, mean ± standard deviation over splits, best controls starred."""
     by_method = by_split.loc[protocol].groupby(level=["head", "method"], sort=False)
     means, spreads = by_method.mean(), by_method.std()
     columns = [(head, metric) for head in means.index.unique("head") for metric in SHOWN]
@@ -161,8 +161,8 @@ def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_c
     parts = []
     if allow_contamination:
         parts.append(
-            '<p class="alarm">allow_contamination is on: pretraining slices that match an evaluation slice are kept (see the duplicates). '
-            "Scores of stpatch below are not those of unseen tissue.</p>"
+            '<p class="alarm">allow_contamination is on: pretraining slices that match an evaluation slice are kept '
+            "(see the duplicates). Scores of stpatch below are not those of unseen tissue.</p>"
         )
     simulated = notes[notes["kind"] == "simulated"]
     if len(simulated):
@@ -179,8 +179,9 @@ def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_c
             parts.append(score_table(by_split, protocol))
         parts.append(
             '<p class="small">Mean ± standard deviation over splits, over all tested spots of a split. ★ strongest '
-            "control of the column. Macro F1, NMI and single sections are in metrics/scores.tsv. random20 puts neighbours of training spots to the test: a method that knows "
-            "nothing but the position does well there.</p>"
+            "control of the column. Macro F1, NMI and single sections are in metrics/scores.tsv. random20 puts "
+            "neighbours of training spots to the test: a method that knows nothing but the position does well "
+            "there.</p>"
         )
     parts.append("<h2>Notes</h2>")
     parts.append(table(notes[notes["kind"] != "simulated"], "Nothing was left out."))
