@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CORES ?= all
-VALIDATOR := 7.1.0
+VALIDATOR := 7.1.2
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: help setup demo test test-validator lint format clean

@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+
 # Anchored to this file, so that --directory and --configfile keep the repository's defaults.
 configfile: Path(workflow.basedir) / "config.yaml"
 
@@ -15,32 +16,23 @@ pathvars:
 
 
 rule data:
+    default_target: True
     input:
         "<results>/curate/quarantine.tsv",
         "<results>/shards/train/index.json",
         "<results>/shards/val/index.json",
-    default_target: True
-
-
-rule pretrain:
-    input:
-        f"<results>/pretrain/{RUN}/model.safetensors",
-
-
-rule evaluate:
-    input:
-        "<results>/metrics/scores.tsv",
 
 
 rule all:
     input:
         rules.data.input,
-        rules.pretrain.input,
-        rules.evaluate.input,
+        f"<results>/pretrain/{RUN}/model.safetensors",
+        "<results>/metrics/scores.tsv",
         lambda wildcards: expand("<results>/annotated/{slice}.h5ad", slice=admitted()),
         "<results>/report.html",
 
 
+# The targets `pretrain` and `evaluate` are rules of their own.
 include: "rules/simulate.smk"
 include: "rules/download.smk"
 include: "rules/curate.smk"

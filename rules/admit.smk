@@ -14,6 +14,10 @@ checkpoint admit:
         duplicates="<results>/curate/duplicates.tsv",
     log:
         "<results>/logs/admit/admit.log",
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=2000,
     params:
         roles=ROLES,
         organism=config["organism"],
@@ -24,9 +28,5 @@ checkpoint admit:
         min_observed=config["min_observed"],
         max_quarantined=config["max_quarantined"],
         allow_contamination=config["allow_contamination"],
-    resources:
-        mem_mb=2000,
-    conda:
-        "../envs/data.yaml"
     script:
         "../workflow/admit.py"

@@ -13,9 +13,9 @@ rule annotate:
         "<results>/annotated/{slice}.h5ad",
     log:
         "<results>/logs/annotate/{slice}.log",
-    resources:
-        mem_mb=4000,
     conda:
         "../envs/eval.yaml"
+    resources:
+        mem_mb=4000,
     script:
         "../workflow/annotate.py"

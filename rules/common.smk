@@ -1,4 +1,4 @@
-"""Shared by all rule files: the checked config, the catalogue, and who was admitted.
+"""What the other files share: the checked config, the catalogue, and who was admitted.
 
 In: config, the tables that `catalogue` and `downstream` name.
 Out: no files; the names below.
@@ -24,7 +24,6 @@ wildcard_constraints:
     slice="[A-Za-z0-9_-]+",
     split="[A-Za-z0-9_-]+",
     dataset="[A-Za-z0-9_-]+",
-    run="[A-Za-z0-9_-]+",
 
 
 # Jobs find `workflow` and `trainer` from any working directory. A prefix replaces bash's strict mode: restate it.
@@ -40,5 +39,3 @@ def admitted(*splits):
         header = table.readline().rstrip("\n").split("\t")
         found = [dict(zip(header, line.rstrip("\n").split("\t"))) for line in table]
     return sorted({row["slice"] for row in found if not splits or row["split"] in splits})
-
-

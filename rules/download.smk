@@ -23,6 +23,8 @@ rule download:
         "<results>/benchmarks/download/{slice}.tsv"
     wildcard_constraints:
         slice="|".join(REMOTE_SLICES) or "(?!)",
+    conda:
+        "../envs/data.yaml"
     threads: 1
     resources:
         mem_mb=500,

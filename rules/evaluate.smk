@@ -6,11 +6,6 @@ Out: `<results>/metrics/{dataset}/scores.tsv`, `predictions.tsv.gz` and `notes.t
 """
 
 
-def scored_datasets():
-    """Evaluation sets of which at least one slice was admitted."""
-    return [dataset for dataset in DATASETS if admitted(dataset)]
-
-
 rule score:
     input:
         slices=lambda w: expand("<results>/slices/{slice}.h5ad", slice=admitted(w.dataset)),
@@ -42,16 +37,17 @@ rule score:
         "../workflow/score.py"
 
 
-rule scores:
+# Also the target: snakemake evaluate
+rule evaluate:
     input:
-        lambda w: expand("<results>/metrics/{dataset}/scores.tsv", dataset=scored_datasets()),
+        lambda w: expand("<results>/metrics/{dataset}/scores.tsv", dataset=filter(admitted, DATASETS)),
     output:
         "<results>/metrics/scores.tsv",
     log:
-        "<results>/logs/scores/scores.log",
+        "<results>/logs/evaluate/evaluate.log",
     conda:
         "../envs/eval.yaml"
     resources:
         mem_mb=1000,
     script:
-        "../workflow/scores.py"
+        "../workflow/evaluate.py"

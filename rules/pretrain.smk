@@ -1,27 +1,27 @@
 """Shards become a pretrained encoder.
 
 In: `<results>/shards/{train,val}/index.json`, the trainer's settings (`pretrain.config`).
-Out: `<results>/pretrain/{run}/` with `model.safetensors`, `config.json`, `genes.tsv`, `metrics.jsonl` and the model
-card `README.md`. On a cluster without GPUs, say `--set-resources train:gpu=0 embed:gpu=0`.
+Out: `<results>/pretrain/model/` with `model.safetensors`, `config.json`, `genes.tsv`, `metrics.jsonl` and the model
+card `README.md`. On a cluster without GPUs, say `--set-resources pretrain:gpu=0 embed:gpu=0`.
 """
 
 
-# The rule is called train, because `pretrain` is the target in the Snakefile.
-rule train:
+# Also the target: snakemake pretrain
+rule pretrain:
     input:
         train="<results>/shards/train/index.json",
         val="<results>/shards/val/index.json",
         config=resolve(config["pretrain"]["config"], ROOT),
     output:
-        model="<results>/pretrain/{run}/model.safetensors",
-        config="<results>/pretrain/{run}/config.json",
-        genes="<results>/pretrain/{run}/genes.tsv",
-        metrics="<results>/pretrain/{run}/metrics.jsonl",
-        card="<results>/pretrain/{run}/README.md",
+        model=f"<results>/pretrain/{RUN}/model.safetensors",
+        config=f"<results>/pretrain/{RUN}/config.json",
+        genes=f"<results>/pretrain/{RUN}/genes.tsv",
+        metrics=f"<results>/pretrain/{RUN}/metrics.jsonl",
+        card=f"<results>/pretrain/{RUN}/README.md",
     log:
-        "<results>/logs/train/{run}.log",
+        f"<results>/logs/pretrain/{RUN}.log",
     benchmark:
-        "<results>/benchmarks/train/{run}.tsv"
+        f"<results>/benchmarks/pretrain/{RUN}.tsv"
     conda:
         "../envs/train.yaml"
     threads: 8

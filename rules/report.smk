@@ -11,23 +11,15 @@ MAX_OVERVIEW = 60  # rows of the overview figures
 report: "captions/workflow.rst"
 
 
-def index_of(name):
-    """The index of the shards that hold the slice's windows; none for a slice that is only evaluated."""
-    return [f"<results>/shards/{split}/index.json" for split in ("train", "val") if name in admitted(split)][
-        :1
-    ]
-
-
-def overview(*splits):
-    """The first slices of these splits, as many as an overview figure lists."""
-    return admitted(*splits)[:MAX_OVERVIEW]
-
-
 rule panels:
     input:
         slice="<results>/slices/{slice}.h5ad",
         grid="<results>/grids/{slice}.zarr",
-        index=lambda w: index_of(w.slice),
+        index=lambda w: [
+            f"<results>/shards/{split}/index.json"
+            for split in ("train", "val")
+            if w.slice in admitted(split)
+        ][:1],
     output:
         report(
             "<results>/report/panels/{slice}.png",
@@ -50,7 +42,7 @@ rule panels:
 
 rule qc:
     input:
-        slices=lambda w: expand("<results>/slices/{slice}.h5ad", slice=overview()),
+        slices=lambda w: expand("<results>/slices/{slice}.h5ad", slice=admitted()[:MAX_OVERVIEW]),
         admitted="<results>/curate/admitted.tsv",
         quarantine="<results>/curate/quarantine.tsv",
         duplicates="<results>/curate/duplicates.tsv",
@@ -80,7 +72,7 @@ rule qc:
 rule fill:
     input:
         index=expand("<results>/shards/{split}/index.json", split=["train", "val"]),
-        grids=lambda w: expand("<results>/grids/{slice}.zarr", slice=overview("train", "val")),
+        grids=lambda w: expand("<results>/grids/{slice}.zarr", slice=admitted("train", "val")[:MAX_OVERVIEW]),
     output:
         report(
             "<results>/report/fill.png",
@@ -95,7 +87,7 @@ rule fill:
     resources:
         mem_mb=4000,
     params:
-        slices=lambda w: overview("train", "val"),
+        slices=lambda w: admitted("train", "val")[:MAX_OVERVIEW],
     script:
         "../workflow/fill.py"
 
@@ -172,21 +164,23 @@ rule maps:
         "../workflow/maps.py"
 
 
-# No conda: the nested call needs the Snakemake that runs this. Local: it reads the run's own records.
+# Local: the nested call reads the run's own records.
 rule report:
     input:
         lambda w: expand("<results>/report/panels/{slice}.png", slice=admitted()[:MAX_PANELS]),
         rules.qc.output,
         rules.fill.output,
         rules.curve.output,
-        lambda w: expand("<results>/report/scores/{dataset}.png", dataset=scored_datasets()),
-        lambda w: expand("<results>/report/scores/{dataset}.html", dataset=scored_datasets()),
-        lambda w: expand("<results>/report/maps/{dataset}.png", dataset=scored_datasets()),
+        lambda w: expand("<results>/report/scores/{dataset}.png", dataset=filter(admitted, DATASETS)),
+        lambda w: expand("<results>/report/scores/{dataset}.html", dataset=filter(admitted, DATASETS)),
+        lambda w: expand("<results>/report/maps/{dataset}.png", dataset=filter(admitted, DATASETS)),
     output:
         "<results>/report.html",
     log:
         "<results>/logs/report/report.log",
     localrule: True
+    conda:
+        "../envs/report.yaml"
     resources:
         mem_mb=2000,
     params:

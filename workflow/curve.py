@@ -49,6 +49,6 @@ def draw(train: pd.DataFrame, val: pd.DataFrame):
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    simulated = json.loads(Path(snakemake.input.config).read_text())["data"]["simulated"]  # noqa: F821
-    save(draw(*read_metrics(snakemake.input.metrics)), snakemake.output[0], simulated)  # noqa: F821
+    log_to(snakemake.log[0])
+    simulated = json.loads(Path(snakemake.input.config).read_text())["data"]["simulated"]
+    save(draw(*read_metrics(snakemake.input.metrics)), snakemake.output[0], simulated)

@@ -44,10 +44,10 @@ def draw(rows: list[tuple[str, str, float, np.ndarray]], n_slices: int, about: d
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    grids = dict(zip(snakemake.params.slices, snakemake.input.grids, strict=True))  # noqa: F821
+    log_to(snakemake.log[0])
+    grids = dict(zip(snakemake.params.slices, snakemake.input.grids, strict=True))
     rows, simulated, n_slices = [], False, 0
-    for path in snakemake.input.index:  # noqa: F821
+    for path in snakemake.input.index:
         about, _ = read_index(path)
         simulated |= about["simulated"]
         n_slices += len(about["slices"])
@@ -56,4 +56,4 @@ if __name__ == "__main__":
                 mask = zarr.open_group(grids[name], mode="r")["mask"][:]
                 seen = observed_in_windows(mask, (about["h"], about["w"]))[*places.T]
                 rows.append((name, about["split"], float(mask.mean()), seen / (about["h"] * about["w"])))
-    save(draw(rows, n_slices, about), snakemake.output[0], simulated)  # noqa: F821
+    save(draw(rows, n_slices, about), snakemake.output[0], simulated)

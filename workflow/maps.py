@@ -66,8 +66,8 @@ def draw(dataset: str, predictions: pd.DataFrame, places: dict[str, np.ndarray])
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    given, dataset = snakemake.input, snakemake.wildcards.dataset  # noqa: F821
+    log_to(snakemake.log[0])
+    given, dataset = snakemake.input, snakemake.wildcards.dataset
     predictions = pd.read_csv(given.predictions, sep="\t", keep_default_na=False, dtype=str)
     predictions["spot"] = predictions["spot"].astype(int)
     notes = pd.read_csv(given.notes, sep="\t", dtype=str, keep_default_na=False)
@@ -82,4 +82,4 @@ if __name__ == "__main__":
         figure, axes = new_figure(figsize=(8, 2))
         axes.set_axis_off()
         axes.text(0, 0.5, f"{dataset}: no section has labels, nothing to map")
-    save(figure, snakemake.output[0], simulated=bool((notes["kind"] == "simulated").any()))  # noqa: F821
+    save(figure, snakemake.output[0], simulated=bool((notes["kind"] == "simulated").any()))

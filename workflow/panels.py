@@ -86,15 +86,15 @@ def draw(slice_: ad.AnnData, grid, window: Window, drawn: bool, target_sum: floa
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    given, target_sum = snakemake.input, snakemake.params.target_sum  # noqa: F821
+    log_to(snakemake.log[0])
+    given, target_sum = snakemake.input, snakemake.params.target_sum
     slice_, grid = ad.read_h5ad(given.slice), read_grid(given.grid)
     index = Path(given.index[0]) if given.index else None
-    name = snakemake.wildcards.slice  # noqa: F821
+    name = snakemake.wildcards.slice
     if index:
         window = first_window(index, name)
     else:
         symbols = slice_.var[Keys.SYMBOL].to_numpy(dtype=object)
-        window = central_window(grid, symbols, tuple(snakemake.params.window), target_sum)  # noqa: F821
+        window = central_window(grid, symbols, tuple(snakemake.params.window), target_sum)
     simulated = json.loads(slice_.uns[Keys.STPATCH]["row"]).get("source") == "simulated"
-    save(draw(slice_, grid, window, index is not None, target_sum), snakemake.output[0], simulated)  # noqa: F821
+    save(draw(slice_, grid, window, index is not None, target_sum), snakemake.output[0], simulated)

@@ -56,14 +56,14 @@ def rejected(quarantine: pd.DataFrame, duplicates: pd.DataFrame, simulated: bool
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    given = snakemake.input  # noqa: F821
+    log_to(snakemake.log[0])
+    given = snakemake.input
     admitted = read_table(given.admitted)
     # A slice may stand in two roles: evaluation wins the colour.
     evaluated = set(admitted["slice"][~admitted["split"].isin(["train", "val"])])
     names = sorted(set(admitted["slice"]))
     simulated = bool((admitted["source"] == "simulated").any())
     depths = [depth(path) for path in given.slices]  # of the first slices by name
-    save(draw(names[: len(depths)], depths, evaluated, len(names)), snakemake.output.figure, simulated)  # noqa: F821
+    save(draw(names[: len(depths)], depths, evaluated, len(names)), snakemake.output.figure, simulated)
     tables = read_table(given.quarantine), read_table(given.duplicates)
-    Path(snakemake.output.rejected).write_text(rejected(*tables, simulated))  # noqa: F821
+    Path(snakemake.output.rejected).write_text(rejected(*tables, simulated))

@@ -40,7 +40,7 @@ if __name__ == "__main__":
 
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
+    log_to(snakemake.log[0])
     with tempfile.TemporaryDirectory() as scratch:
-        params, figures = snakemake.params, list(snakemake.input)  # noqa: F821
-        build(params.snakefile, params.config, figures, snakemake.output[0], scratch)  # noqa: F821
+        params, figures = snakemake.params, list(snakemake.input)
+        build(params.snakefile, params.config, figures, snakemake.output[0], scratch)

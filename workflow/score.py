@@ -222,8 +222,8 @@ def write(scored: Scored, scores: str | Path, predictions: str | Path, notes: st
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    given, params, output = snakemake.input, snakemake.params, snakemake.output  # noqa: F821
+    log_to(snakemake.log[0])
+    given, params, output = snakemake.input, snakemake.params, snakemake.output
     with threadpool_limits(limits=1):  # sums in the same order on any machine
         sections = [load_section(path) for path in given.slices]
         embedded = {
@@ -231,7 +231,7 @@ if __name__ == "__main__":
             for model in ("untrained", "stpatch")
         }
         scored = score(
-            snakemake.wildcards.dataset,  # noqa: F821
+            snakemake.wildcards.dataset,
             sections,
             {model: [x for x, _ in by_section] for model, by_section in embedded.items()},
             heads=params.heads,

@@ -191,11 +191,11 @@ def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_c
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    scores = pd.read_csv(snakemake.input.scores, sep="\t")  # noqa: F821
-    notes = pd.read_csv(snakemake.input.notes, sep="\t", dtype=str, keep_default_na=False)  # noqa: F821
-    dataset, output = snakemake.wildcards.dataset, snakemake.output  # noqa: F821
-    contaminated = snakemake.params.allow_contamination  # noqa: F821
+    log_to(snakemake.log[0])
+    scores = pd.read_csv(snakemake.input.scores, sep="\t")
+    notes = pd.read_csv(snakemake.input.notes, sep="\t", dtype=str, keep_default_na=False)
+    dataset, output = snakemake.wildcards.dataset, snakemake.output
+    contaminated = snakemake.params.allow_contamination
     if len(scores):
         figure = draw(dataset, pooled(scores))
     else:

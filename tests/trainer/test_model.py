@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -18,9 +19,10 @@ CFG = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.fixture
-def model():
-    model = build(CFG, np.linspace(0.1, 1.2, CFG.n_genes), seed=3)
+@pytest.fixture(params=["plain", "centred"])
+def model(request):
+    cfg = dataclasses.replace(CFG, values=request.param)
+    model = build(cfg, np.linspace(0.1, 1.2, CFG.n_genes), seed=3)
     with torch.no_grad():  # away from the start, where the decoder's last layer is zero
         for weight in model.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
@@ -89,9 +91,13 @@ def reference_loss(model, values, genes, observed, masked) -> float:
             for coordinate in (y, x):
                 angles = [coordinate / 10000 ** (i / (CFG.width // 4)) for i in range(CFG.width // 4)]
                 position += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            mean = model.gene_mean[genes[b]] if model.cfg.values == "centred" else [0] * CFG.m
             scale = CFG.m / max(1, len(visible))
             sites.append(
-                [scale * sum(values[b, s, k].item() * e[k][i] for k in visible) + position[i] for i in range(CFG.width)]
+                [
+                    scale * sum((values[b, s, k].item() - float(mean[k])) * e[k][i] for k in visible) + position[i]
+                    for i in range(CFG.width)
+                ]
             )
         sites = block("encoder.0", sites, CFG.heads, seen)
         sites = [linear("narrow", norm("encoder_norm", x)) for x in sites]
@@ -147,6 +153,7 @@ def test_masking_and_the_number_of_genes_keep_the_scale_of_the_input(model):
     """A site whose genes are all alike gets the same features however many of them it shows."""
     with torch.no_grad():
         model.gene_embedding.weight[:] = model.gene_embedding.weight[0]
+        model.gene_mean[:] = 0.2
     observed = torch.ones(1, 6).bool()
     few, many = torch.arange(3)[None], torch.arange(11)[None]
     features = model.encode(torch.full((1, 6, 3), 0.7, dtype=torch.float64), few, observed)
@@ -196,7 +203,9 @@ def test_the_first_weights_depend_on_the_seed_alone():
     assert torch.equal(state, torch.random.get_rng_state())  # building draws nothing from the caller's state
 
 
-@pytest.mark.parametrize("wrong", [{"heads": 3}, {"width": 6, "heads": 2}, {"depth": 0}, {"decoder_heads": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"heads": 3}, {"width": 6, "heads": 2}, {"depth": 0}, {"values": "odd"}, {"decoder_heads": 0}]
+)
 def test_a_shape_that_cannot_be_built_is_refused(wrong):
     with pytest.raises(ConfigError, match="expected"):
         ModelConfig(**{**dict(n_genes=11, m=5, h=2, w=3, width=8, heads=2, decoder_width=4, decoder_heads=2), **wrong})

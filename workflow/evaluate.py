@@ -27,5 +27,5 @@ def gather(tables: list[str | Path]) -> str:
 if __name__ == "__main__":
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])  # noqa: F821
-    Path(snakemake.output[0]).write_text(gather(snakemake.input))  # noqa: F821
+    log_to(snakemake.log[0])
+    Path(snakemake.output[0]).write_text(gather(snakemake.input))
