@@ -24,7 +24,7 @@ setup: .venv/.ready
 	@touch $@
 
 demo: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} snakemake --cores $(CORES) all --configfile demo/config.yaml
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) all --configfile demo/config.yaml
 	@echo
 	@echo "The demo ran on simulated slices. Look at:"
 	@echo "  report  $(CURDIR)/results/report.html"
