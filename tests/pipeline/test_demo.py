@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.pipeline.conftest import DEMO, snakemake
+from tests.rulegraph import embedded, rulegraph
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.filterwarnings("ignore::UserWarning:anndata")]
 
@@ -42,6 +43,10 @@ def test_every_simulated_slice_is_admitted(admitted, built_demo):
 def test_a_second_run_has_nothing_to_do(built_demo):
     printed = snakemake("--cores", 2, *DEMO, "all", directory=built_demo).stdout
     assert "Nothing to be done" in printed
+
+
+def test_the_readmes_rule_graph_is_the_workflows(built_demo):
+    assert embedded((ROOT / "README.md").read_text()) == rulegraph(built_demo)
 
 
 def test_shards_are_byte_identical_for_one_core_and_for_two(built_demo, tmp_path):

@@ -6,7 +6,6 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.pipeline.conftest import DEMO, snakemake
-from tests.rulegraph import embedded, rulegraph
 
 pytestmark = pytest.mark.pipeline
 
@@ -64,7 +63,3 @@ def test_a_duplicate_slice_name_fails_the_dry_run_and_is_named(tmp_path):
     done = snakemake("--dry-run", "--configfile", "mine.yaml", directory=tmp_path, check=False)
     assert done.returncode != 0
     assert "duplicate slice name" in done.stdout
-
-
-def test_the_readmes_rule_graph_is_the_workflows():
-    assert embedded((ROOT / "README.md").read_text()) == rulegraph()
