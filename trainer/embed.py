@@ -4,7 +4,7 @@ In: a model folder and whole-slice tars; out: a safetensors file a slice (docs/f
 
 The rule, where the paper states none:
 
-- *Windows* of the trained size every ``stride`` cells (default: half the height), the last one flush with the border;
+- *Windows* of the trained size every ``stride`` cells (default: half their shorter side), the last one flush with the border;
   a slice smaller than the window is padded with unobserved cells at its far side.
 - *Genes*: the ``genes`` (default: as many as a training window has) of the greatest variance of normalised expression
   over the slice's observed spots, ties to the lower index; all, where the slice measured fewer.
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the folder trainer.pretrain wrote")
     parser.add_argument("--shards", type=Path, required=True, nargs="+", metavar="FILE", help="whole-slice tars")
     parser.add_argument("--out", type=Path, required=True, help="a .safetensors file, or a folder for several slices")
-    parser.add_argument("--stride", type=int, help="cells between windows (default: half the window's height)")
+    parser.add_argument("--stride", type=int, help="cells between windows (default: half the window's shorter side)")
     parser.add_argument("--genes", type=int, help="genes a window (default: as trained)")
     parser.add_argument("--batch-size", type=int, default=32, help="windows at a time (default 32)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--out", found=found, expected=expected, next_step="name a folder")
     model, config, _ = load(args.model, untrained=args.untrained)
     cfg, target_sum = model.cfg, config["data"]["target_sum"]
-    stride = max(1, cfg.h // 2) if args.stride is None else args.stride
+    stride = max(1, min(cfg.h, cfg.w) // 2) if args.stride is None else args.stride
     n_genes = cfg.m if args.genes is None else args.genes
     if not (1 <= stride <= min(cfg.h, cfg.w) and n_genes >= 1 and args.batch_size >= 1):
         found = f"stride {stride}, genes {n_genes}, batch size {args.batch_size}"

@@ -13,6 +13,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -127,7 +128,7 @@ def validate(model: MaskedAutoencoder, val: Shards | None, cfg: TrainConfig) -> 
     device, means = next(model.parameters()).device, torch.from_numpy(val.vocabulary.mean).float()
     sums = torch.zeros(3, dtype=torch.float64)
     for begin in range(0, n, cfg.batch_size):
-        rows = torch.arange(begin, min(begin + cfg.batch_size, n)).numpy()
+        rows = np.arange(begin, min(begin + cfg.batch_size, n))
         batch = val.read(rows, rows, masks.VALIDATION).to(device)
         values, genes, observed, masked = inputs(batch, val.index["target_sum"], cfg)
         squared_error, n_masked = model(values, genes, observed, masked)

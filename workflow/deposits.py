@@ -231,7 +231,7 @@ def hires_image(simulated: Slice) -> np.ndarray:
     """A stained section as it may look, uint8 [height, width, 3] with largest side 2,000: tissue pink, domains in shades."""
     step = 8  # drawn at an eighth of the size
     size = full_size(simulated)
-    width, height = np.ceil(size * (HIRES_PX / size.max()) / step).astype(int)
+    width, height = np.ceil(np.round(size / size.max() * HIRES_PX / step, 6)).astype(int)  # 2,000 stays 2,000
     y, x = np.mgrid[:height, :width]
     points = (np.column_stack([x.ravel(), y.ravel()]) + 0.5) * step * size.max() / HIRES_PX
     distance, nearest = cKDTree(simulated.pixels).query(points)

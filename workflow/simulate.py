@@ -39,10 +39,10 @@ class Settings:
     n_domains: int = 5
     median_depth: float = 2000.0  # counts of a spot in tissue
     depth_sigma: float = 0.45  # of its logarithm
-    programme_genes: int = 160  # genes that a domain changes
-    programme_sigma: float = 0.7  # of their log fold change
+    programme_genes: int = 300  # genes that a domain changes
+    programme_sigma: float = 1.5  # of their log fold change
     donor_sigma: float = 0.2  # of a gene's log fold change between donors
-    own_cells: float = 1.6  # Dirichlet weight of a spot's own domain in its mixture of cells
+    own_cells: float = 2.4  # Dirichlet weight of a spot's own domain in its mixture of cells
     other_cells: float = 0.4  # and of each other domain
     dispersion: float = 4.0  # shape of the gamma: variance = mean + mean^2 / dispersion
     ambient_depth: float = 25.0  # counts of a spot without tissue

@@ -96,8 +96,8 @@ def test_a_neighbourhood_tells_the_domain_better_than_one_spot():
         name: KNeighborsClassifier(10).fit(x[0], labels[0]).score(x[1], labels[1])
         for name, x in (("single", single), ("nearby", nearby))
     }
-    assert 0.35 < score["single"] < 0.65
-    assert score["nearby"] > score["single"] + 0.2
+    assert 0.5 < score["single"] < 0.85
+    assert score["nearby"] > score["single"] + 0.15
 
 
 def test_sections_of_a_donor_share_their_shape_and_donors_differ():
