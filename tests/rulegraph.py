@@ -1,6 +1,6 @@
 """The README's rule graph: what Snakemake prints of a finished demo, without the edges that others imply.
 
-    python -m tests.rulegraph DIR    # DIR: working directory of a finished demo; writes the graph into README.md
+python -m tests.rulegraph DIR    # DIR: working directory of a finished demo; writes the graph into README.md
 """
 
 from __future__ import annotations

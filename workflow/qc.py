@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 
 from workflow.keys import Keys
-from workflow.plotting import CONTROL, MODEL, draw_ranges, headline, list_rows, new_figure, page, save, table
+from workflow.plotting import ACCENT, CONTROL, MODEL, draw_ranges, headline, list_rows, new_figure, page, save, table
+
+ROLES = {"pretraining": MODEL, "evaluation": CONTROL, "pretraining and evaluation": ACCENT}
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -21,9 +23,9 @@ def depth(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         return slice_[f"obs/{Keys.TOTAL_COUNTS}"][:], np.diff(slice_["X/indptr"][:].astype(np.int64))
 
 
-def draw(names: list[str], depths: list[tuple[np.ndarray, np.ndarray]], evaluated: set[str], n_admitted: int):
-    """Spots, counts and genes a spot, one row a slice."""
-    colours = [CONTROL if name in evaluated else MODEL for name in names]
+def draw(names: list[str], depths: list[tuple[np.ndarray, np.ndarray]], roles: dict[str, str], n_admitted: int):
+    """Spots, counts and genes a spot, one row a slice, in the colour of its role."""
+    colours = [ROLES[roles[name]] for name in names]
     figure, axes = new_figure(1, 3, figsize=(13, 1.7 + 0.3 * len(names)), sharey=True)
     axes[0].barh(range(len(names)), [len(counts) for counts, _ in depths], color=colours, alpha=0.8)
     axes[0].set(title="spots in tissue", xlabel="spots")
@@ -33,9 +35,10 @@ def draw(names: list[str], depths: list[tuple[np.ndarray, np.ndarray]], evaluate
     axes[2].set(title="genes seen in a spot", xlabel="genes (5-95%, 25-75%, median)")
     list_rows(axes[0], names)
     shown = "" if len(names) == n_admitted else f" (the first {len(names)} of {n_admitted})"
-    for colour, role in ((MODEL, "pretraining"), (CONTROL, "evaluation")):
-        axes[0].plot([], [], "s", color=colour, label=role)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    for role, colour in ROLES.items():
+        if role in roles.values():
+            axes[0].plot([], [], "s", color=colour, label=role)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     headline(figure, f"Admitted slices{shown}")
     return figure
 
@@ -48,7 +51,7 @@ def rejected(quarantine: pd.DataFrame, duplicates: pd.DataFrame, simulated: bool
         f"{stamp}<h2>Quarantine: {len(quarantine)}</h2>"
         + table(quarantine, "No slice was rejected.")
         + f"<h2>Duplicates: {len(duplicates)}</h2>"
-        + table(duplicates, "No two slices hold the same tissue.")
+        + table(duplicates, "No two slices have the same files.")
         + '<p class="small">Codes are those of workflow/errors.py; each row says what to do next.</p>',
     )
 
@@ -59,11 +62,15 @@ if __name__ == "__main__":
     log_to(snakemake.log[0])
     given = snakemake.input
     admitted = read_table(given.admitted)
-    # A slice may stand in two roles: evaluation wins the colour.
-    evaluated = set(admitted["slice"][~admitted["split"].isin(["train", "val"])])
-    names = sorted(set(admitted["slice"]))
+    splits = (
+        admitted["split"]
+        .where(admitted["split"].isin(["train", "val"]), "evaluation")
+        .replace({"train": "pretraining", "val": "pretraining"})
+    )
+    roles = {name: " and ".join(sorted(set(part), reverse=True)) for name, part in splits.groupby(admitted["slice"])}
+    names = sorted(roles)
     simulated = bool((admitted["source"] == "simulated").any())
     depths = [depth(path) for path in given.slices]  # of the first slices by name
-    save(draw(names[: len(depths)], depths, evaluated, len(names)), snakemake.output.figure, simulated)
+    save(draw(names[: len(depths)], depths, roles, len(names)), snakemake.output.figure, simulated)
     tables = read_table(given.quarantine), read_table(given.duplicates)
     Path(snakemake.output.rejected).write_text(rejected(*tables, simulated))

@@ -36,9 +36,7 @@ def test_a_dry_run_of_the_default_corpus_works_from_another_directory(tmp_path, 
 
 def test_the_repositorys_defaults_stay_in_force_under_a_config_file(tmp_path):
     (tmp_path / "mine.yaml").write_text("genes: 77\n")
-    printed = snakemake(
-        "--dry-run", "--printshellcmds", "data", "--configfile", "mine.yaml", directory=tmp_path
-    ).stdout
+    printed = snakemake("--dry-run", "--printshellcmds", "data", "--configfile", "mine.yaml", directory=tmp_path).stdout
     assert "download" in printed  # catalogue and all other keys come from the repository's config.yaml
 
 

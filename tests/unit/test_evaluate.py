@@ -12,8 +12,8 @@ from sklearn import metrics as reference
 from workflow import controls, probes, protocols
 from workflow.controls import Section, control_features, hexagonal_offsets, load_section, neighbour_mean, neighbours
 from workflow.errors import DamagedFile
-from workflow.score import COLUMNS, load_embedding, score, with_suffixes, write
 from workflow.evaluate import gather
+from workflow.score import COLUMNS, load_embedding, score, with_suffixes, write
 from workflow.simulate import tiny_slice
 
 SETTINGS = {"heads": ["knn", "logistic"], "n_splits": 2, "seed": 0, "target_sum": 1e4}

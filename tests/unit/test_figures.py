@@ -124,8 +124,10 @@ def test_the_page_of_rejected_slices_says_what_to_do_and_escapes_what_it_shows()
 
 def test_the_overview_says_when_it_lists_only_the_first_slices():
     depths = [(np.array([10, 20]), np.array([5, 6]))] * 2
-    assert "the first 2 of 70" in text_of(qc.draw(["a", "b"], depths, {"b"}, 70))
-    assert "the first" not in text_of(qc.draw(["a", "b"], depths, {"b"}, 2))
+    roles = {"a": "pretraining", "b": "pretraining and evaluation"}
+    assert "pretraining and evaluation" in text_of(qc.draw(["a", "b"], depths, roles, 2))
+    assert "the first 2 of 70" in text_of(qc.draw(["a", "b"], depths, roles, 70))
+    assert "the first" not in text_of(qc.draw(["a", "b"], depths, roles, 2))
 
 
 def test_the_fill_figure_takes_a_corpus_without_windows():
