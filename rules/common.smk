@@ -4,8 +4,7 @@ In: config, the tables that `catalogue` and `downstream` name.
 Out: no files; the names below.
 """
 
-import os
-import sys
+import shlex
 
 from workflow.catalogue import check_config, load_roles, merge_roles, resolve
 
@@ -28,14 +27,17 @@ wildcard_constraints:
 
 # Jobs find `workflow` and `trainer` from any working directory. A prefix replaces bash's strict mode: restate it.
 # Braces are doubled twice: Snakemake formats the prefix together with the command.
-shell.prefix(f"set -euo pipefail; export PYTHONPATH={str(ROOT)!r}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; ")
+ROOT_QUOTED = shlex.quote(str(ROOT)).replace("{", "{{{{").replace("}", "}}}}")
+shell.prefix(f"set -euo pipefail; export PYTHONPATH={ROOT_QUOTED}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; ")
 
 
 def admitted(*splits):
     """Names of the admitted slices of these splits (all if none is named), in order, each once."""
     rows = checkpoints.admit.get().output.admitted
     with open(rows) as table:
-        table.readline()  # the version line
+        version = table.readline().rstrip("\n")
+        if version != "# stpatch admitted 1":
+            raise WorkflowError(f"{rows}: found {version!r}; expected '# stpatch admitted 1'. Delete it, run again.")
         header = table.readline().rstrip("\n").split("\t")
         found = [dict(zip(header, line.rstrip("\n").split("\t"))) for line in table]
     return sorted({row["slice"] for row in found if not splits or row["split"] in splits})

@@ -18,6 +18,7 @@ SAMPLE_SETTINGS = [
     "codec",
     "shard_mb",
     "seed",
+    "allow_contamination",
 ]
 
 

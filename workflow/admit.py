@@ -16,11 +16,11 @@ import numpy as np
 from anndata.io import read_elem
 
 from workflow.catalogue import columns
-from workflow.errors import CatalogueError, SliceError, TooFewGenes, WindowTooLarge
+from workflow.errors import CatalogueError, DamagedFile, SliceError, TooFewGenes, WindowTooLarge
 from workflow.keys import Keys
 from workflow.layout import most_observed, place
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of the three tables, and of the curated slices read
 QUARANTINE = ("slice", "stage", "code", "file", "found", "expected", "next_step")
 DUPLICATES = ("slice", "duplicate_of", "evidence")
 PRETRAINING = ("train", "val")
@@ -39,32 +39,53 @@ class Curated:
         AnnData without X: obs, obsm and uns.
     quarantine
         The row of the quarantine table if curation rejected the slice, else None.
-    files
-        sha256 of every input file, sorted.
+    matrix
+        sha256 of the file that held the counts ("" of a rejected slice).
     """
 
+    path: str
     slice: str
     n_spots: int
     n_genes: int
     outline: ad.AnnData
     quarantine: dict | None
-    files: tuple[str, ...]
+    matrix: str
+
+    def genes(self) -> set[str]:
+        """Gene ids, read from the file each time: those of a thousand slices would not fit."""
+        with h5py.File(self.path) as file:
+            return set(read_elem(file["var"]).index)
 
 
 def read_outline(path) -> Curated:
-    """Read a curated slice without its matrix."""
+    """Read a curated slice without its matrix.
+
+    Raises
+    ------
+    DamagedFile
+        Of another version.
+    """
     with h5py.File(path) as file:
         obs, obsm, uns = (read_elem(file[name]) for name in ("obs", "obsm", "uns"))
         n_genes = file["var"][file["var"].attrs["_index"]].shape[0]
     facts = uns[Keys.STPATCH]
+    if facts["format_version"] != FORMAT_VERSION:
+        raise DamagedFile(
+            slice=str(facts["slice"]),
+            file=str(path),
+            found=f"format_version {facts['format_version']}",
+            expected=str(FORMAT_VERSION),
+            next_step="delete the file and run again",
+        )
     rejected = facts.get(Keys.QUARANTINE)
     return Curated(
+        path=str(path),
         slice=str(facts["slice"]),
         n_spots=len(obs),
         n_genes=n_genes,
         outline=ad.AnnData(obs=obs, obsm=obsm, uns=uns),
         quarantine=None if rejected is None else {name: str(rejected[name]) for name in QUARANTINE},
-        files=tuple(sorted(entry["sha256"] for entry in json.loads(facts["inputs"]))) if rejected is None else (),
+        matrix=json.loads(facts["inputs"])[0]["sha256"] if rejected is None else "",  # readers list it first
     )
 
 
@@ -77,12 +98,11 @@ def check_windows(curated: Curated, layout, pitch_um, window, genes, min_observe
         Even the best window has less than `min_observed` of its cells observed.
     TooFewGenes
         Fewer genes than a window draws.
-    SliceError
-        The layout can't be made (`workflow.layout.place`).
     """
     placed = place(curated.outline, layout, pitch_um)
+    counted = curated.outline.obs[Keys.TOTAL_COUNTS].to_numpy() > 0
     mask = np.zeros(placed.shape, dtype=bool)
-    mask[placed.y, placed.x] = True
+    mask[placed.y[counted], placed.x[counted]] = True
     best = most_observed(mask, tuple(window))
     if best < min_observed:
         raise WindowTooLarge(
@@ -130,7 +150,7 @@ def admit(slices: list[Curated], roles: list[dict], organism: str, allow_contami
         row = (role["slice"], "admit", code, role["url"], found, expected, next_step)
         quarantined.setdefault((role["slice"], code), dict(zip(QUARANTINE, row, strict=True)))
 
-    kept_files = {}
+    kept_matrices = {}
     for role in roles:
         name, curated = role["slice"], by_name[role["slice"]]
         if curated.quarantine is not None:
@@ -143,10 +163,10 @@ def admit(slices: list[Curated], roles: list[dict], organism: str, allow_contami
             )
             continue
         if role["split"] in PRETRAINING:
-            twin = kept_files.setdefault(curated.files, name)
+            twin = kept_matrices.setdefault(curated.matrix, name)
             if twin != name:
-                duplicates.append(dict(zip(DUPLICATES, (name, twin, "same input files by sha256"), strict=True)))
-                leave_out(role, "duplicate", f"the files of {twin}", "files of its own", "remove the row")
+                duplicates.append(dict(zip(DUPLICATES, (name, twin, "the same counts file by sha256"), strict=True)))
+                leave_out(role, "duplicate", f"the counts file of {twin}", "a file of its own", "remove the row")
                 continue
             match = contaminates(role, curated, evaluated, by_name)
             if match and not allow_contamination:
@@ -158,24 +178,50 @@ def admit(slices: list[Curated], roles: list[dict], organism: str, allow_contami
                     "none needed: the slice is left out; `allow_contamination: true` keeps it, and the report says so",
                 )
                 continue
-            try:
+        try:
+            place(curated.outline, windows["layout"], windows["pitch_um"])
+            if role["split"] in PRETRAINING:
                 check_windows(curated, **windows)
-            except SliceError as error:
-                quarantined.setdefault((name, error.code), error.as_row())
-                continue
+        except SliceError as error:
+            quarantined.setdefault((name, error.code), error.as_row())
+            continue
         admitted.append({**role, "n_spots": curated.n_spots, "n_genes": curated.n_genes})
-    return admitted, list(quarantined.values()), duplicates
+
+    vocabulary = set().union(*(by_name[row["slice"]].genes() for row in admitted if row["split"] == "train"))
+    kept = []
+    for row in admitted:
+        try:
+            if row["split"] != "train":
+                check_vocabulary(by_name[row["slice"]], vocabulary, windows["genes"] if row["split"] == "val" else 1)
+            kept.append(row)
+        except TooFewGenes as error:
+            quarantined.setdefault((row["slice"], error.code), error.as_row())
+    return kept, list(quarantined.values()), duplicates
+
+
+def check_vocabulary(curated: Curated, vocabulary: set[str], least: int) -> None:
+    """Raise TooFewGenes if a slice that isn't trained on measured too few of the training slices' genes."""
+    shared = len(curated.genes() & vocabulary)
+    if shared < least:
+        raise TooFewGenes(
+            slice=curated.slice,
+            found=f"{shared} of its {curated.n_genes} genes among the {len(vocabulary)} of the training slices",
+            expected=f"at least {least}",
+            next_step="check organism and gene ids, or lower `genes`"
+            if vocabulary
+            else "admit a training slice: validation and evaluation need a vocabulary",
+        )
 
 
 def contaminates(role: dict, curated: Curated, evaluated: dict, by_name: dict) -> str:
-    """How a pretraining slice matches an evaluated one ("" if it doesn't): by name, url, checksum or input files."""
+    """How a pretraining slice matches an evaluated one ("" if it doesn't): by name, url or counts file."""
+    url, pin = role["url"].split()[0], role["sha256"].split()[:1]
     if role["slice"] in evaluated:
         return f"the slice is evaluated in {evaluated[role['slice']]['split']}"
     for name, other in evaluated.items():
-        if role["url"] == other["url"] or (role["sha256"] and role["sha256"] == other["sha256"]):
-            return f"the file of {name}, evaluated in {other['split']}"
-        if curated.files and curated.files == by_name[name].files:
-            return f"the input files of {name}, evaluated in {other['split']}"
+        same_source = url == other["url"].split()[0] or (pin and pin == other["sha256"].split()[:1])
+        if same_source or (curated.matrix and curated.matrix == by_name[name].matrix):
+            return f"the counts file of {name}, evaluated in {other['split']}"
     return ""
 
 

@@ -29,6 +29,7 @@ from workflow.stats import read_vocabulary
 from workflow.whole import whole_slice
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAINER_FLAGS = ("stride", "genes", "batch-size", "device")  # handed on to trainer.embed
 
 
 def read_embedding(path, n_spots: int, slice: str) -> np.ndarray:
@@ -46,16 +47,33 @@ def read_embedding(path, n_spots: int, slice: str) -> np.ndarray:
             slice=slice,
             file=str(path),
             found=f"embeddings of {len(np.unique(spot))} spots",
-            expected=f"one of each of the {n_spots} observed spots (layout bin merges spots and can't be annotated)",
-            next_step="delete the file and run again, or use a layout with one spot a cell",
+            expected=f"one of each of the {n_spots} observed spots",
+            next_step="delete the file and run again",
         )
     ordered = np.empty_like(X)
     ordered[spot] = X
     return ordered
 
 
+def read_model(model: Path) -> dict:
+    """Facts of the data that a model was trained on (``data`` of its ``config.json``).
+
+    Raises
+    ------
+    FileNotFoundError
+        Not a finished model folder; says what to do.
+    """
+    for name in ("config.json", "genes.tsv", "model.safetensors"):
+        if not (model / name).is_file():
+            raise FileNotFoundError(
+                f"{model}: found no {name}; expected a finished model folder. Next step: name the folder that "
+                "trainer.pretrain wrote (results/pretrain/model after `snakemake pretrain`)"
+            )
+    return json.loads((model / "config.json").read_text())["data"]
+
+
 def embed_file(model: Path, h5ad: Path, organism: str, trainer_flags: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Embed a slice that is in no catalogue.
+    """Embed a slice that is in no catalogue, on a grid of the layout that the model was trained on.
 
     Returns
     -------
@@ -65,19 +83,24 @@ def embed_file(model: Path, h5ad: Path, organism: str, trainer_flags: list[str])
     Raises
     ------
     SliceError
-        The file can't be used (`workflow.curate`).
+        The file can't be used (`workflow.curate`, `workflow.layout.place`).
+    FileNotFoundError
+        `model` is no finished model folder.
     subprocess.CalledProcessError
         The trainer refused; its message is on stderr.
     """
+    data = read_model(model)
     blank = dict.fromkeys(columns(), "")
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in h5ad.stem)
     row = {**blank, "slice": name, "source": "file", "url": str(h5ad), "format": "h5ad", "organism": organism}
     slice = curate(row, ROOT / "catalogue/aux", files=[h5ad])
-    data = json.loads((model / "config.json").read_text())["data"]
     genes = model / "genes.tsv"
+    vocabulary = read_vocabulary(genes).gene_id
+    shared = len(set(slice.var_names) & set(vocabulary))
+    print(f"{slice.n_obs} spots in tissue; {shared} of {slice.n_vars} genes are among the model's {len(vocabulary)}")
     content = whole_slice(
-        make_grid(slice, "auto", pitch_um=100),
-        read_vocabulary(genes).gene_id,
+        make_grid(slice, data["layout"], data["pitch_um"]),
+        vocabulary,
         genes_sha256=hashlib.sha256(genes.read_bytes()).hexdigest(),
         target_sum=data["target_sum"],
         codec_name="lz4",
@@ -96,16 +119,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m workflow.annotate",
         description='Writes a copy of an h5ad with an embedding of every observed spot in obsm["X_stpatch"].',
-        epilog="Other flags (--stride, --genes, --device, ...) go to `python -m trainer.embed`.",
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder of a pretraining run")
     parser.add_argument("--h5ad", type=Path, required=True, metavar="FILE", help="raw counts of one Visium section")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the annotated copy")
     parser.add_argument("--organism", choices=["human", "mouse"], default="human")
-    arguments, trainer_flags = parser.parse_known_args(argv)
+    for flag in TRAINER_FLAGS:
+        parser.add_argument(f"--{flag}", metavar="X", help="as in `python -m trainer.embed --help`")
+    arguments = parser.parse_args(argv)
+    given = {flag: getattr(arguments, flag.replace("-", "_")) for flag in TRAINER_FLAGS}
+    trainer_flags = [f"--{flag}={value}" for flag, value in given.items() if value is not None]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         X, spots = embed_file(arguments.model, arguments.h5ad, arguments.organism, trainer_flags)
-    except SliceError as error:
+    except (SliceError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
@@ -113,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     embedding = np.full((mine.n_obs, X.shape[1]), np.nan, dtype=np.float32)
     embedding[mine.obs_names.get_indexer(spots)] = X
     mine.obsm[Keys.EMBEDDING] = embedding
-    mine.write_h5ad(arguments.out)
+    mine.write_h5ad(arguments.out, convert_strings_to_categoricals=False)
     print(f"{arguments.out}: {len(X)} of {mine.n_obs} spots have {X.shape[1]} numbers in obsm['{Keys.EMBEDDING}']")
 
 
@@ -125,6 +152,8 @@ if __name__ == "__main__":
         slice = ad.read_h5ad(snakemake.input.slice)
         name = str(slice.uns[Keys.STPATCH]["slice"])
         slice.obsm[Keys.EMBEDDING] = read_embedding(snakemake.input.embedding, slice.n_obs, name)
-        slice.write_h5ad(snakemake.output[0], compression="gzip", compression_opts=1)
+        slice.write_h5ad(
+            snakemake.output[0], compression="gzip", compression_opts=1, convert_strings_to_categoricals=False
+        )
     else:
         main()

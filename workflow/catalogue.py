@@ -86,7 +86,8 @@ def load_catalogue(path: str | Path) -> list[dict[str, str]]:
             hints = [f"unknown column '{name}'{_near(name, columns)}" for name in unknown]
             hints += [f"missing column '{name}'" for name in missing]
             raise CatalogueError(f"catalogue {path}: {', '.join(hints)}; expected the columns {', '.join(columns)}.")
-        for number, raw in enumerate(reader, start=2):
+        for raw in reader:
+            number = reader.line_num
             if None in raw or None in raw.values():
                 raise CatalogueError(
                     f"catalogue {path}, line {number}: the number of fields is not that of the header ({len(header)})."
@@ -110,7 +111,14 @@ def _near(name: str, known: list[str]) -> str:
 
 
 def load_roles(tables: list[str], root: Path) -> list[dict[str, str]]:
-    """Rows of all tables: one a (slice, split). A name in two tables must mean one slice (same url or sha256)."""
+    """Rows of all tables: one a (slice, split).
+
+    Raises
+    ------
+    CatalogueError
+        A name in two tables that does not mean one slice (same url or sha256, format and organism), or a slice that
+        would both train and validate.
+    """
     roles, first = [], {}
     for table in tables:
         for row in load_catalogue(resolve(table, root)):
@@ -123,6 +131,17 @@ def load_roles(tables: list[str], root: Path) -> list[dict[str, str]]:
                 raise CatalogueError(
                     f"catalogue {table}: slice {row['slice']!r} stands in two tables with different files "
                     f"({other['url']} and {row['url']}); expected one url or sha256. Next step: rename one of the two."
+                )
+            for name in ("format", "organism"):
+                if row[name] != other[name]:
+                    raise CatalogueError(
+                        f"catalogue {table}: slice {row['slice']!r} has {name} {row[name]!r} here and {other[name]!r} in "
+                        f"another table; expected the same. Next step: correct one of the two."
+                    )
+            if other is not row and {row["split"], other["split"]} <= {"train", "val"}:
+                raise CatalogueError(
+                    f"catalogue {table}: slice {row['slice']!r} is {row['split']!r} here and {other['split']!r} in another "
+                    "table; expected one of the two. Next step: remove one row, so that no slice trains and validates."
                 )
             roles.append(row)
     return roles

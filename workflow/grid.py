@@ -22,7 +22,8 @@ from workflow.layout import place
 
 FORMAT_VERSION = 1
 GENES_PER_CHUNK = 1024
-ARRAYS = ("counts", "mask", "spot", "total_counts", "array_row", "array_col", "gene_ids")
+ARRAYS = ("counts", "mask", "spot", "cell", "total_counts", "array_row", "array_col", "gene_ids")
+DIMENSIONS = {"cell": ("spot",), "gene_ids": ("gene",)}  # of the others: y, x, gene
 
 blosc.use_threads = False  # several threads give other bytes each time
 
@@ -38,7 +39,9 @@ class Grid:
     mask
         bool [H', W'], observed.
     spot
-        int32 [H', W'], row of the curated slice, -1 where nothing was observed.
+        int32 [H', W'], row of the curated slice (of merged spots the first), -1 where nothing was observed.
+    cell
+        int32 [n_spots], flat cell y * W' + x of every spot: inverts `spot`, merged spots included.
     total_counts
         float32 [H', W'].
     array_row, array_col
@@ -56,6 +59,7 @@ class Grid:
     counts: np.ndarray
     mask: np.ndarray
     spot: np.ndarray
+    cell: np.ndarray
     total_counts: np.ndarray
     array_row: np.ndarray
     array_col: np.ndarray
@@ -116,6 +120,7 @@ def make_grid(adata, layout: str, pitch_um: float) -> Grid:
         counts=counts.reshape(height, width, -1),
         mask=(spots_in > 0).reshape(height, width),
         spot=image(np.arange(n), -1, np.int32),
+        cell=cell.astype(np.int32),
         total_counts=totals.astype(np.float32).reshape(height, width),
         array_row=image(placed.array_row, -1, np.int32),
         array_col=image(placed.array_col, -1, np.int32),
@@ -156,7 +161,6 @@ def write_grid(grid: Grid, path: str | Path) -> None:
     )
     for name, array in arrays.items():
         is_text = array.dtype.kind == "T"
-        dimensions = ("gene",) if is_text else ("y", "x", "gene")[: array.ndim]
         chunks = tuple(max(1, size) for size in array.shape)
         group.create_array(
             name,
@@ -164,7 +168,7 @@ def write_grid(grid: Grid, path: str | Path) -> None:
             chunks=(*chunks[:2], min(chunks[2], GENES_PER_CHUNK)) if array.ndim == 3 else chunks,
             # text has no fixed width, so its bytes aren't shuffled
             compressors=BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle" if is_text else "bitshuffle"),
-            dimension_names=dimensions,
+            dimension_names=DIMENSIONS.get(name, ("y", "x", "gene")[: array.ndim]),
         )
 
 

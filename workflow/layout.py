@@ -175,6 +175,27 @@ def _bins(slice: str, pixels: np.ndarray, um_per_px: float, pitch_um: float) -> 
     return Placement("bin", y, x, shape, y.astype(np.int32), x.astype(np.int32), pitch_um=pitch_um)
 
 
+def lattice_lines(array_row: np.ndarray, array_col: np.ndarray, layout: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a grid's lines stand for on the capture lattice, so that neighbours can be told from positions in a crop.
+
+    Parameters
+    ----------
+    array_row, array_col
+        int [H', W'] of a grid, -1 where nothing was observed.
+    layout
+        ``offset``, ``rank`` or ``bin``.
+
+    Returns
+    -------
+    rows, cols
+        int64 [H'], int64 [W']: the array row of each line; the array column of each column, its half in `offset`
+        (the column is then ``2 * half + row % 2``, or one more where the lattice counts so); -1 for a line of bins
+        without a spot.
+    """
+    cols = array_col // 2 if layout == "offset" else array_col
+    return array_row.max(axis=1).astype(np.int64), cols.max(axis=0).astype(np.int64)
+
+
 def pad(array: np.ndarray, window: tuple[int, int], fill=0) -> np.ndarray:
     """`array` [H', W', ...] enlarged at its far sides to at least the window with `fill` (unobserved cells)."""
     (h, w), (height, width) = window, array.shape[:2]

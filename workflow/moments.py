@@ -18,7 +18,8 @@ def moments(grid: Grid, target_sum: float) -> dict[str, np.ndarray]:
     dict
         ``n_spots`` int64 [] (observed cells), ``sum`` and ``m2`` float64 [K], ``m2`` about the slice's own mean.
     """
-    counts, totals = grid.counts[grid.mask], grid.total_counts[grid.mask][:, None]
+    observed = grid.mask & (grid.total_counts > 0)  # without a count there is nothing to normalise
+    counts, totals = grid.counts[observed], grid.total_counts[observed][:, None]
     sums, m2 = np.empty(counts.shape[1]), np.empty(counts.shape[1])
     for start in range(0, counts.shape[1], GENES_PER_BLOCK):
         block = slice(start, start + GENES_PER_BLOCK)

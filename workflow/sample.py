@@ -17,7 +17,7 @@ from numba import njit
 from workflow.errors import TooFewGenes, WindowTooLarge
 from workflow.expression import log_normalise
 from workflow.grid import Grid
-from workflow.layout import observed_in_windows, pad
+from workflow.layout import lattice_lines, observed_in_windows, pad
 
 SELECTIONS = ("weighted", "hvg", "random")
 
@@ -40,6 +40,8 @@ class Window:
         float32 [h, w], 0 where nothing was observed.
     array_row, array_col
         Original coordinates of the observed cell nearest the origin.
+    array_rows, array_cols
+        int64 [h], int64 [w]: what the lines stand for (`workflow.layout.lattice_lines`), -1 in padding.
     """
 
     number: int
@@ -50,6 +52,8 @@ class Window:
     totals: np.ndarray
     array_row: int
     array_col: int
+    array_rows: np.ndarray
+    array_cols: np.ndarray
 
 
 class Field:
@@ -77,6 +81,8 @@ class Field:
         uint16 [K, H', W'], raw counts in the order of `genes`.
     mask, totals, array_row, array_col
         As in the grid, padded.
+    array_rows, array_cols
+        int64 [H'], int64 [W']: `workflow.layout.lattice_lines`.
     """
 
     def __init__(self, grid: Grid, vocabulary, window: tuple[int, int], target_sum: float) -> None:
@@ -85,9 +91,11 @@ class Field:
         self.slice, self.window = grid.slice, (int(window[0]), int(window[1]))
         self.genes = np.sort(in_vocabulary[in_vocabulary >= 0]).astype(np.int32)
         position = np.where(in_vocabulary < 0, -1, np.searchsorted(self.genes, in_vocabulary))
-        self.mask = pad(grid.mask, self.window, False)
+        # A spot without a count has no normalised expression: it is no observation, here as in the trainer.
+        self.mask = pad(grid.mask & (grid.total_counts > 0), self.window, False)
         self.totals = pad(grid.total_counts, self.window, np.float32(0))
         self.array_row, self.array_col = pad(grid.array_row, self.window, -1), pad(grid.array_col, self.window, -1)
+        self.array_rows, self.array_cols = lattice_lines(self.array_row, self.array_col, grid.layout)
         # made here, as numpy asks for huge pages and numba does not: crops jump about in this array
         self.counts = np.zeros((len(self.genes), *self.mask.shape), dtype=np.uint16)
         self._cells, self._codes, self._genes, levels, level_of = _unpack(
@@ -150,6 +158,8 @@ class Field:
             totals=self.totals[rows, cols],
             array_row=int(self.array_row[near_y, near_x]),
             array_col=int(self.array_col[near_y, near_x]),
+            array_rows=self.array_rows[rows],
+            array_cols=self.array_cols[cols],
         )
 
 

@@ -16,6 +16,11 @@ from workflow import tar
 
 FORMAT_VERSION = 1
 MB = 10**6
+# Settings that the index repeats for the reader.
+CARRIED = (
+    *("codec", "layout", "pitch_um", "selection", "epsilon", "min_observed", "target_sum"),
+    *("seed", "allow_contamination"),
+)
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -124,8 +129,7 @@ def write_shards(
         "m": settings["genes"],
         "h": h,
         "w": w,
-        **{key: settings[key] for key in ("codec", "layout", "selection", "epsilon", "min_observed", "target_sum")},
-        "seed": settings["seed"],
+        **{key: settings[key] for key in CARRIED},
         "n_samples": len(samples),
         "simulated": any(row["source"] == "simulated" for row in rows),
         "config_sha256": canonical_sha256(settings),
@@ -137,14 +141,23 @@ def write_shards(
         },
         "samples": {"file": "samples.npy", "sha256": _sha256(folder / "samples.npy")},
         "slices": [
-            {**{key: row[key] for key in ("slice", "source", "organism", "donor")}, "n_windows": n}
-            for row, n in zip(rows, n_windows, strict=True)
+            {**{key: row[key] for key in ("slice", "source", "organism", "donor")}, **_geometry(*pack), "n_windows": n}
+            for row, pack, n in zip(rows, packs, n_windows, strict=True)
         ],
         "shards": shards,
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
     logging.info("%d samples of %d slices in %d tars", len(samples), len(packs), len(shards))
     return index
+
+
+def _geometry(pack: str | Path, index: str | Path) -> dict:
+    """Layout and pitch of a slice's windows, from the JSON of the first."""
+    first = np.load(index, allow_pickle=False)[0]
+    with open(pack, "rb") as file:
+        file.seek(int(first["offset"]) + int(first["json_offset"]))
+        facts = json.loads(file.read(int(first["json_nbytes"])))
+    return {"layout": facts["layout"], "pitch_um": facts["pitch_um"]}
 
 
 def _cut(nbytes: np.ndarray, limit: int) -> list[tuple[int, int]]:

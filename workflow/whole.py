@@ -9,6 +9,7 @@ from workflow import tar
 from workflow.codec import codec, encode_counts, encode_facts, encode_sites
 from workflow.errors import TooFewGenes
 from workflow.grid import Grid, read_grid
+from workflow.layout import lattice_lines
 from workflow.stats import read_vocabulary
 
 FORMAT_VERSION = 1
@@ -51,6 +52,7 @@ def whole_slice(
         )
     y, x = np.argwhere(grid.mask)[np.argmin((np.argwhere(grid.mask) ** 2).sum(axis=1))]
     height, width = grid.mask.shape
+    rows, cols = lattice_lines(grid.array_row, grid.array_col, grid.layout)
     blosc_codec = codec(codec_name)
     facts = {
         "slice": grid.slice,
@@ -62,6 +64,8 @@ def whole_slice(
         "m": len(columns),
         "array_row": int(grid.array_row[y, x]),
         "array_col": int(grid.array_col[y, x]),
+        "array_rows": rows.tolist(),
+        "array_cols": cols.tolist(),
         "pitch_um": grid.pitch_um,
         "layout": grid.layout,
         "format_version": FORMAT_VERSION,
@@ -74,7 +78,7 @@ def whole_slice(
             (f"{grid.slice}.counts.blosc", encode_counts(grid.counts[:, :, columns].transpose(2, 0, 1), blosc_codec)),
             (f"{grid.slice}.sites.blosc", encode_sites(in_vocabulary[columns], grid.total_counts, blosc_codec)),
             (f"{grid.slice}.json", encode_facts(facts)),
-            (f"{grid.slice}.spot.blosc", blosc_codec.encode(np.ascontiguousarray(grid.spot, dtype="<i4"))),
+            (f"{grid.slice}.cell.blosc", blosc_codec.encode(np.ascontiguousarray(grid.cell, dtype="<i4"))),
         ]
     )
     return data + tar.END

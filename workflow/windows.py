@@ -71,6 +71,8 @@ def write_pack(
                 "m": m,
                 "array_row": window.array_row,
                 "array_col": window.array_col,
+                "array_rows": window.array_rows.tolist(),
+                "array_cols": window.array_cols.tolist(),
                 **facts,
             }
             data, spans = tar.sample(

@@ -10,7 +10,7 @@ import pytest
 
 from workflow.admit import admit, check_quarantine, read_outline, write_table
 from workflow.catalogue import columns
-from workflow.errors import CatalogueError, NotCounts
+from workflow.errors import CatalogueError, DamagedFile, NotCounts
 from workflow.keys import Keys
 from workflow.simulate import tiny_slice
 
@@ -28,7 +28,7 @@ def curated(tmp_path, name, seed=0, files=None, **fields):
 def rejected(tmp_path, name):
     error = NotCounts(slice=name, file="x.h5", found="values of -1.5", expected="counts", next_step="find raw counts")
     adata = ad.AnnData(np.zeros((0, 0), np.float32))
-    adata.uns[Keys.STPATCH] = {"slice": name, "inputs": "[]", Keys.QUARANTINE: error.as_row()}
+    adata.uns[Keys.STPATCH] = {"slice": name, "format_version": 1, Keys.QUARANTINE: error.as_row()}
     adata.write_h5ad(tmp_path / f"{name}.h5ad")
     return read_outline(tmp_path / f"{name}.h5ad")
 
@@ -68,7 +68,7 @@ def test_the_same_files_under_another_name_are_a_duplicate(tmp_path):
     kept, out, twins = decide(slices, [role("a"), role("b")])
     assert kept == [("a", "train")]
     assert out["b"]["code"] == "duplicate"
-    assert twins == [{"slice": "b", "duplicate_of": "a", "evidence": "same input files by sha256"}]
+    assert twins == [{"slice": "b", "duplicate_of": "a", "evidence": "the same counts file by sha256"}]
 
 
 @pytest.mark.parametrize(
@@ -76,21 +76,22 @@ def test_the_same_files_under_another_name_are_a_duplicate(tmp_path):
     [
         (role("a"), role("a", split="Set")),
         (role("a"), role("b", split="Set", url="a.h5")),
-        (role("a", sha256="f" * 64), role("b", split="Set", sha256="f" * 64)),
+        (role("a", sha256="f" * 64), role("b", split="Set", sha256=f"{'f' * 64} {'e' * 64}")),
     ],
 )
 def test_a_pretraining_slice_that_is_evaluated_is_left_out_unless_allowed(tmp_path, train, test):
     slices = [curated(tmp_path, "a"), curated(tmp_path, "b", 1)]
-    kept, out, _ = decide(slices, [train, test])
-    assert kept == [(test["slice"], "Set")]
+    slices.append(curated(tmp_path, "t", 2))
+    kept, out, _ = decide(slices, [role("t"), train, test])
+    assert kept == [("t", "train"), (test["slice"], "Set")]
     assert out["a"]["code"] == "contamination"
-    kept, out, _ = decide(slices, [train, test], allow=True)
-    assert kept == [("a", "train"), (test["slice"], "Set")]
+    kept, out, _ = decide(slices, [role("t"), train, test], allow=True)
+    assert kept == [("t", "train"), ("a", "train"), (test["slice"], "Set")]
     assert not out
 
 
-def test_the_same_input_files_under_another_url_count_as_contamination(tmp_path):
-    slices = [curated(tmp_path, "a", files=["0" * 64]), curated(tmp_path, "b", files=["0" * 64])]
+def test_the_same_counts_file_counts_as_contamination_whatever_labels_and_url(tmp_path):
+    slices = [curated(tmp_path, "a", files=["0" * 64]), curated(tmp_path, "b", files=["0" * 64, "1" * 64])]
     _, out, _ = decide(slices, [role("a"), role("b", split="Set")])
     assert out["a"]["code"] == "contamination"
 
@@ -108,9 +109,50 @@ def test_fewer_genes_than_a_window_draws_are_named(tmp_path):
 
 
 def test_an_evaluated_slice_needs_no_window(tmp_path):
-    kept, out, _ = decide([curated(tmp_path, "a")], [role("a", split="Set")], window=[64, 64])
-    assert kept == [("a", "Set")]
+    slices = [curated(tmp_path, "t", shape=(64, 128)), curated(tmp_path, "a", 1)]
+    kept, out, _ = decide(slices, [role("t"), role("a", split="Set")], window=[32, 32])
+    assert kept == [("t", "train"), ("a", "Set")]
     assert not out
+
+
+@pytest.mark.parametrize("split", ["train", "Set"])
+def test_a_slice_that_cannot_be_laid_out_is_left_out_whatever_its_role(tmp_path, split):
+    slices = [curated(tmp_path, "t"), curated(tmp_path, "square", 1, kind="square")]
+    _, out, _ = decide(slices, [role("t"), role("square", split=split)], layout="offset")
+    assert out["square"]["code"] == "cell_collision"
+
+
+def test_genes_that_no_training_slice_measured_are_noticed_before_any_window_is_drawn(tmp_path):
+    slices = [
+        curated(tmp_path, "t"),
+        curated(tmp_path, "v", 1, gene_offset=50),
+        curated(tmp_path, "e", 2, gene_offset=60),
+    ]
+    kept, out, _ = decide(slices, [role("t"), role("v", split="val"), role("e", split="Set")])
+    assert kept == [("t", "train")]
+    assert out["v"]["found"].startswith("10 of its 60 genes among the 60")
+    assert out["e"]["code"] == "too_few_genes"
+
+
+def test_evaluation_without_a_training_slice_says_what_is_missing(tmp_path):
+    kept, out, _ = decide([curated(tmp_path, "a")], [role("a", split="Set")])
+    assert not kept
+    assert "admit a training slice" in out["a"]["next_step"]
+
+
+def test_spots_without_a_count_do_not_fill_a_window(tmp_path):
+    slice = curated(tmp_path, "a")
+    slice.outline.obs["total_counts"] = 0
+    _, out, _ = decide([slice], [role("a")])
+    assert "is 0% observed" in out["a"]["found"]
+
+
+def test_a_curated_slice_of_another_version_is_refused(tmp_path):
+    adata = tiny_slice(name="a")
+    adata.uns[Keys.STPATCH]["format_version"] = 2
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(DamagedFile, match="found format_version 2; expected 1"):
+        read_outline(tmp_path / "a.h5ad")
 
 
 def test_the_run_fails_only_above_the_allowed_fraction(tmp_path):

@@ -132,6 +132,17 @@ def test_one_name_for_two_files_is_refused(tmp_path):
         load_roles([str(train), str(test)], root=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"split": "val"}, "trains and validates"), ({"split": "Set", "format": "geo"}, "has format 'geo'")],
+)
+def test_two_rows_of_a_slice_that_contradict_each_other_are_refused(tmp_path, fields, message):
+    train = write_table(tmp_path / "train.tsv", row("a"))
+    other = write_table(tmp_path / "other.tsv", row("a", **fields))
+    with pytest.raises(CatalogueError, match=message):
+        load_roles([str(train), str(other)], root=tmp_path)
+
+
 def test_relative_paths_resolve_against_the_working_directory_then_the_repository(tmp_path, monkeypatch):
     here, repository = tmp_path / "here", tmp_path / "repository"
     here.mkdir(), repository.mkdir()

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from workflow.errors import CellCollision, CountOverflow, DamagedFile, EmptySlice, NoLattice, RankOnPixels
 from workflow.grid import ARRAYS, make_grid, read_grid, write_grid
-from workflow.layout import compact, most_observed, observed_in_windows, pad, place
+from workflow.layout import compact, lattice_lines, most_observed, observed_in_windows, pad, place
 from workflow.simulate import tiny_slice
 
 
@@ -34,6 +34,7 @@ def assert_inverse_is_exact(adata, grid):
     np.testing.assert_array_equal(grid.total_counts[grid.mask], adata.obs["total_counts"].to_numpy()[observed])
     np.testing.assert_array_equal(grid.array_row[grid.mask], adata.obs["array_row"].to_numpy()[observed])
     np.testing.assert_array_equal(grid.array_col[grid.mask], adata.obs["array_col"].to_numpy()[observed])
+    np.testing.assert_array_equal(grid.spot.ravel()[grid.cell], np.arange(adata.n_obs))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,18 @@ def test_offset_closes_the_rows_up_where_rank_leaves_a_checkerboard():
     assert offset.shape == (24, 24)
     assert rank.shape == (24, 48)
     np.testing.assert_array_equal(rank, (np.indices(rank.shape).sum(axis=0) % 2) == 0)
+
+
+@pytest.mark.parametrize("layout", ["offset", "rank"])
+def test_the_lines_of_the_grid_tell_every_spots_array_position_even_where_a_row_is_missing(layout):
+    adata = tiny_slice()
+    adata = adata[adata.obs["array_row"] != 5].copy()
+    grid = make_grid(adata, layout, 100)
+    rows, cols = lattice_lines(grid.array_row, grid.array_col, layout)
+    y, x = np.nonzero(grid.mask)
+    np.testing.assert_array_equal(rows[y], grid.array_row[y, x])
+    col = 2 * cols[x] + rows[y] % 2 if layout == "offset" else cols[x]
+    np.testing.assert_array_equal(col, grid.array_col[y, x])
 
 
 def test_a_missing_row_and_column_take_no_room():
@@ -152,11 +165,12 @@ def test_arrays_have_the_documented_types_and_dimensions(written):
     group = zarr.open_group(written[1], mode="r")
     found = {name: (str(group[name].dtype), group[name].metadata.dimension_names) for name in ARRAYS}
     assert {name: dtype for name, (dtype, _) in found.items() if name != "gene_ids"} == {
-        "counts": "uint16", "mask": "bool", "spot": "int32", "total_counts": "float32",
+        "counts": "uint16", "mask": "bool", "spot": "int32", "cell": "int32", "total_counts": "float32",
         "array_row": "int32", "array_col": "int32",
     }  # fmt: skip
     assert found["counts"][1] == ("y", "x", "gene")
     assert found["gene_ids"][1] == ("gene",)
+    assert found["cell"][1] == ("spot",)
     assert group.metadata.zarr_format == 3
 
 

@@ -25,6 +25,7 @@ NAMES = ["a", "b", "c"]
 SETTINGS = {
     "layout": "auto", "pitch_um": 100, "window": [6, 5], "genes": 16, "windows_per_slice": 12, "selection": "weighted",
     "epsilon": 1e-6, "min_observed": 0.5, "target_sum": 10000, "codec": "lz4", "shard_mb": 0.05, "seed": 0,
+    "allow_contamination": False,
 }  # fmt: skip
 DRAW = {"n": 12, "m": 16, "selection": "weighted", "epsilon": 1e-6, "min_observed": 0.5, "seed": 0}
 
@@ -90,7 +91,9 @@ def test_every_window_of_every_slice_stands_in_the_shards_once(built, grids):
             np.testing.assert_array_equal(totals, window.totals)
             assert facts == {
                 "slice": name, "window": window.number, "y": window.y, "x": window.x, "h": 6, "w": 5, "m": 16,
-                "array_row": window.array_row, "array_col": window.array_col, "pitch_um": 100.0, "layout": "offset",
+                "array_row": window.array_row, "array_col": window.array_col,
+                "array_rows": window.array_rows.tolist(), "array_cols": window.array_cols.tolist(),
+                "pitch_um": 100.0, "layout": "offset",
             }  # fmt: skip
 
 
@@ -142,7 +145,8 @@ def test_the_index_names_hashes_of_what_lies_beside_it(built):
     assert index["genes"]["n"] == 60
     assert index["simulated"] is True
     assert index["config_sha256"] == canonical_sha256(dict(reversed(SETTINGS.items())))
-    assert index["slices"][0] == {**row("a"), "n_windows": 12}
+    assert index["slices"][0] == {**row("a"), "layout": "offset", "pitch_um": 100.0, "n_windows": 12}
+    assert (index["layout"], index["pitch_um"], index["allow_contamination"]) == ("auto", 100, False)
 
 
 def test_tars_of_an_earlier_run_are_removed(grids, tmp_path):
@@ -196,14 +200,15 @@ def test_a_whole_slice_is_one_sample_of_every_measured_gene_of_the_vocabulary(gr
     (tmp_path / "a.tar").write_bytes(content)
     with tarfile.open(tmp_path / "a.tar") as archive:
         members = {name: archive.extractfile(name).read() for name in archive.getnames()}
-    assert list(members) == ["a.counts.blosc", "a.sites.blosc", "a.json", "a.spot.blosc"]
+    assert list(members) == ["a.counts.blosc", "a.sites.blosc", "a.json", "a.cell.blosc"]
     counts, genes, totals, facts = decode(*list(members.values())[:3])
     columns = [list(grid.gene_ids).index(vocabulary[gene]) for gene in genes]
     assert genes.tolist() == list(range(1, 41))
     np.testing.assert_array_equal(counts, grid.counts[:, :, columns].transpose(2, 0, 1))
     np.testing.assert_array_equal(totals, grid.total_counts)
-    spot = np.frombuffer(blosc.decompress(members["a.spot.blosc"]), "<i4").reshape(totals.shape)
-    np.testing.assert_array_equal(spot, grid.spot)
+    cell = np.frombuffer(blosc.decompress(members["a.cell.blosc"]), "<i4")
+    np.testing.assert_array_equal(grid.spot.ravel()[cell], np.arange(grid.n_spots))
+    assert facts["array_rows"] == grid.array_row.max(axis=1).tolist()
     extra = {"genes_sha256": "f" * 64, "target_sum": 10000, "format_version": 1, "simulated": True}
     assert facts.items() >= {**extra, "y": 0, "x": 0, "m": 40, "h": totals.shape[0]}.items()
 
