@@ -1,4 +1,4 @@
-"""Every observed spot of a slice gets a vector: from the trained encoder, and from the same one before its first step.
+"""Every spot of a slice gets a vector: from the trained encoder, and from the same one before its first step.
 
 In: `<results>/pretrain/{run}/` (`model.safetensors`, `config.json`, `genes.tsv`), `<results>/shards/slices/{slice}.tar`.
 Out: `<results>/embeddings/{model}/{slice}.safetensors`, model being `stpatch` or `untrained`.

@@ -145,6 +145,7 @@ rule scoreboard:
 rule maps:
     input:
         slices=lambda w: expand("<results>/slices/{slice}.h5ad", slice=admitted(w.dataset)),
+        scores="<results>/metrics/{dataset}/scores.tsv",
         predictions="<results>/metrics/{dataset}/predictions.tsv.gz",
         notes="<results>/metrics/{dataset}/notes.tsv",
     output:
@@ -188,3 +189,7 @@ rule report:
         snakefile=str(workflow.main_snakefile),
     script:
         "../workflow/report.py"
+
+
+# The start page's template sees nothing but the config. A copy: the rules' params keep the user's own.
+config = {**config, "simulated": any(row["source"] == "simulated" for row in ROLES)}

@@ -65,8 +65,9 @@ def make(results: Path) -> None:
 
     steps = range(10, 1001, 10)
     lines = [{"kind": "train", "step": step, "loss": 0.5 + 0.3 * np.exp(-step / 200)} for step in steps]
+    held_out = {"gene_mean_mse": 0.8, "n_windows": 30}
     lines += [
-        {"kind": "val", "step": step, "masked_mse": 0.55 + 0.3 * np.exp(-step / 200), "gene_mean_mse": 0.8}
+        {"kind": "val", "step": step, "masked_mse": 0.55 + 0.3 * np.exp(-step / 200)} | held_out
         for step in range(100, 1001, 100)
     ]
     model = results / "pretrain/model"
@@ -79,6 +80,7 @@ import os
 from pathlib import Path
 
 ROOT, RUN, DATASETS = Path({root!r}), "model", ["Empty", "Tiny"]
+ROLES = [{{"slice": "test_a", "source": {source!r}}}]
 
 configfile: ROOT / "config.yaml"
 

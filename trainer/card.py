@@ -24,10 +24,10 @@ weight decay {weight_decay:g}, seed {seed}. All settings: `config.json`; the cou
 
 ## Data
 
-{n_samples:,} windows of layout `{layout}`, genes selected by `{selection}`, from {n_slices} slices{kind}; values are log1p(count * {target_sum:g} / total).
+{n_samples:,} windows, genes selected by `{selection}`, from {n_slices} slices{kind}; values are log1p(count * {target_sum:g} / total).
 
-| slice | source | organism | donor | windows | |
-|---|---|---|---|---|---|
+| slice | source | organism | donor | layout | pitch (um) | windows | |
+|---|---|---|---|---|---|---|---|
 {table}
 
 Row k of the gene embedding is the gene in row k of `genes.tsv` (sha256 {genes_sha256}).
@@ -51,6 +51,11 @@ It knows the genes of its vocabulary only, and spots of the pitch and layout it 
 the comparison with the controls (neighbour means, an untrained encoder) to say, not for the loss.
 """
 
+SIMULATED = "\n**Trained on simulated data: for trying out the software, not for biology.**\n"
+CONTAMINATED = (
+    "\n**Evaluation slices may be among the training slices (`allow_contamination`): scores on them prove nothing.**\n"
+)
+
 
 def model_card(facts: dict, scores: dict[str, float], n_weights: int) -> str:
     """Markdown for ``README.md``.
@@ -60,19 +65,19 @@ def model_card(facts: dict, scores: dict[str, float], n_weights: int) -> str:
     facts
         The content of ``config.json``.
     scores
-        ``masked_mse`` and ``gene_mean_mse`` of the last validation; empty without held-out windows.
+        ``masked_mse``, ``gene_mean_mse`` and ``n_windows`` of the last validation; empty without held-out windows.
     """
     data = facts["data"]
     simulated = data["simulated"]
     rows = [(row, "training") for row in data["slices"]] + [(row, "held out") for row in data["held_out"]]
-    line = "| {slice} | {source} | {organism} | {donor} | {n_windows} | {use} |"
+    line = "| {slice} | {source} | {organism} | {donor} | {layout} | {pitch_um:g} | {n_windows} | {use} |"
     return CARD.format(
         **{name: value for name, value in data.items() if name not in ("genes", "slices")},
         **facts["train"],
         **{name: value for name, value in facts["model"].items() if name not in data},
         tag=", simulated" if simulated else "",
-        warning="\n**Trained on simulated data: for trying out the software, not for biology.**\n" if simulated else "",
-        figures=_figures(scores, simulated),
+        warning=SIMULATED * simulated + CONTAMINATED * data["allow_contamination"],
+        figures=_figures(scores, sum(row["n_windows"] for row in data["held_out"]), simulated),
         weights=n_weights,
         n_slices=len(data["slices"]),
         kind=" (simulated)" if simulated else "",
@@ -81,12 +86,13 @@ def model_card(facts: dict, scores: dict[str, float], n_weights: int) -> str:
     )
 
 
-def _figures(scores: dict[str, float], simulated: bool) -> str:
+def _figures(scores: dict[str, float], n_held_out: int, simulated: bool) -> str:
     if not scores:
         return "There were none: nothing is known of how well the model predicts tissue it has not seen."
     model, mean = scores["masked_mse"], scores["gene_mean_mse"]
     verdict = f"{1 - model / mean:.1%} below" if model < mean else f"NOT below (ratio {model / mean:.3f})"
     return (
+        f"The last validation, over {scores['n_windows']:,} of {n_held_out:,} held-out windows:\n\n"
         f"| prediction of the hidden entries | mean squared error{' (simulated data)' if simulated else ''} |\n|---|---|\n"
         f"| model | {model:.5f} |\n| each gene's training mean | {mean:.5f} |\n\nThe model is {verdict} the gene means."
     )

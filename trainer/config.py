@@ -72,7 +72,7 @@ def _cast(value: object, field: dataclasses.Field, where: str) -> object:
         cast = kind(value)  # YAML reads 1e-4 as text, flags are text: both become numbers here
         if kind is int and not isinstance(value, str) and cast != value:
             raise ValueError
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         expected = {int: "a whole number", float: "a number", str: "text"}[kind]
         raise ConfigError(where, found=repr(value), expected=expected, next_step=field.metadata["help"]) from None
     return cast

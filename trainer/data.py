@@ -32,6 +32,12 @@ SAMPLE = np.dtype(
     + [("sites_offset", "<u8"), ("sites_nbytes", "<u4")]
     + [("json_offset", "<u8"), ("json_nbytes", "<u4")]
 )
+# Keys of the index that the model folder repeats, and those of each of its slices.
+FACTS = (
+    *("m", "h", "w", "target_sum", "layout", "pitch_um", "selection"),
+    *("allow_contamination", "simulated", "n_samples"),
+)
+SLICE_FACTS = ("slice", "source", "organism", "donor", "layout", "pitch_um", "n_windows")
 REBUILD = "rebuild the shards (delete the folder, run `snakemake data`)"
 
 # Blosc's own threads share one context; without it each of our decoding threads has its own and releases the lock.
@@ -76,9 +82,11 @@ class Batch:
         return len(self.positions)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        move = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in move.items()})
+        """The same batch on another device. From pinned memory, since other copies wait for all that a GPU has queued."""
+        pinned = device.type == "cuda"
+        tensors = (self.counts, self.genes, self.totals, self.positions)
+        moved = [(t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for t in tensors]
+        return Batch(*moved, self.epoch)
 
 
 class Shards:
@@ -155,8 +163,7 @@ class Shards:
 
     def facts(self) -> dict[str, object]:
         """What the model folder records of its data."""
-        keep = ("m", "h", "w", "target_sum", "layout", "selection", "simulated", "n_samples")
-        facts = {name: self.index[name] for name in keep}
+        facts = {name: self.index[name] for name in FACTS}
         facts["genes"] = {"n": len(self.vocabulary.gene_ids), "sha256": self.vocabulary.sha256}
         return facts | {"slices": self.index["slices"]}
 
@@ -215,19 +222,19 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Philox(key=[seed, epoch]).random_raw(n).argsort(kind="stable")
 
 
-def decode(buffer: bytes | memoryview, dtype: str, n: int, where: str) -> np.ndarray:
-    """``n`` numbers from one Blosc buffer; raises DamagedShards if it holds anything else."""
-    expected = n * np.dtype(dtype).itemsize
+def decode(buffer: bytes | memoryview, dtype: str, n: int | None, where: str) -> np.ndarray:
+    """``n`` numbers (None: as many as there are) from one Blosc buffer; raises DamagedShards if it holds others."""
+    size = np.dtype(dtype).itemsize
     nbytes, _, cbytes = struct.unpack_from("<III", buffer, 4) if len(buffer) >= 16 else (0, 0, 0)
     problem = f"a Blosc buffer of {nbytes} bytes in {cbytes}"
-    if nbytes == expected and cbytes == len(buffer):
+    if cbytes == len(buffer) and (nbytes % size == 0 if n is None else nbytes == n * size):
         try:
-            array = np.empty(n, dtype)
+            array = np.empty(nbytes // size, dtype)
             numcodecs.blosc.decompress(buffer, array)
             return array
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             problem = f"a Blosc buffer that does not decode ({error})"
-    expected = f"{expected} bytes in {len(buffer)}"
+    expected = f"{f'a multiple of {size}' if n is None else n * size} bytes in {len(buffer)}"
     raise DamagedShards(where, found=problem, expected=expected, next_step=REBUILD)
 
 
@@ -246,8 +253,8 @@ def _read_index(file: Path) -> dict:
     if index.get("format_version") != FORMAT_VERSION:
         found = f"format_version {index.get('format_version')}"
         raise DamagedShards(file, found=found, expected=str(FORMAT_VERSION), next_step="update stpatch or " + REBUILD)
-    needed = {"m", "h", "w", "target_sum", "layout", "selection", "simulated", "n_samples"}
-    missing = (needed | {"genes", "samples", "slices", "shards"}) - set(index)
+    missing = {*FACTS, "genes", "samples", "slices", "shards"} - set(index)
+    missing |= {f"slices: {name}" for entry in index.get("slices", []) for name in set(SLICE_FACTS) - set(entry)}
     if missing:
         raise DamagedShards(file, found=f"no {sorted(missing)}", expected="a complete index", next_step=REBUILD)
     return index

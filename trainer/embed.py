@@ -7,8 +7,9 @@ The rule, where the paper states none:
 - *Windows* of the trained size every ``stride`` cells (default: half their shorter side), the last one flush with the border;
   a slice smaller than the window is padded with unobserved cells at its far side.
 - *Genes*: the ``genes`` (default: as many as a training window has) of the greatest variance of normalised expression
-  over the slice's observed spots, ties to the lower index; all, where the slice measured fewer.
-- *Embedding* of a spot: the mean of the encoder's features over the windows that cover it. Nothing is masked.
+  over the slice's observed cells, ties to the lower index; all, where the slice measured fewer.
+- *Embedding* of a spot: the mean of the encoder's features over the windows that cover its cell; spots that layout
+  ``bin`` merged into one cell share it. Nothing is masked.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class WholeSlice:
     counts: np.ndarray  # uint16 [m, H, W]
     genes: np.ndarray  # int32 [m]: rows of the vocabulary, ascending
     totals: np.ndarray  # float32 [H, W]: 0 where nothing was observed
-    spot: np.ndarray  # int32 [H, W]: row of the curated slice, -1 where nothing was observed
+    cell: np.ndarray  # int32 [n_spots]: flat cell y * W + x of every spot of the curated slice
     facts: dict  # the sample's JSON
 
     @classmethod
@@ -51,8 +52,8 @@ class WholeSlice:
             with tarfile.open(file) as tar:
                 members = {member.name.partition(".")[2]: tar.extractfile(member).read() for member in tar}
             facts = json.loads(members["json"])
-            counts, sites, spot = (members[f"{name}.blosc"] for name in ("counts", "sites", "spot"))
-            name, m, h, w = (facts[key] for key in ("slice", "m", "h", "w"))
+            counts, sites, cell = (members[f"{name}.blosc"] for name in ("counts", "sites", "cell"))
+            name, m, h, w, *_ = (facts[key] for key in ("slice", "m", "h", "w", "layout", "pitch_um", "simulated"))
         except (OSError, tarfile.TarError, KeyError, ValueError, AttributeError) as error:
             found = f"{type(error).__name__}: {error}"
             raise DamagedShards(file, found=found, expected="a whole slice in a tar", next_step=REBUILD) from error
@@ -60,12 +61,16 @@ class WholeSlice:
             found = f"format_version {facts.get('format_version')}"
             raise DamagedShards(file, found=found, expected=str(SHARDS_VERSION), next_step="update stpatch")
         sites = decode(sites, "<i4", m + h * w, f"{file}, sites")
+        cell = decode(cell, "<i4", None, f"{file}, cell")
+        if cell.min() < 0 or cell.max() >= h * w:
+            found, expected = f"cells {cell.min()} to {cell.max()}", f"cells of a grid of {h} x {w}"
+            raise DamagedShards(file, found=found, expected=expected, next_step=REBUILD)
         return cls(
             name=name,
             counts=decode(counts, "<u2", m * h * w, f"{file}, counts").reshape(m, h, w),
             genes=sites[:m],
             totals=sites[m:].view("<f4").reshape(h, w),
-            spot=decode(spot, "<i4", h * w, f"{file}, spot").reshape(h, w),
+            cell=cell,
             facts=facts,
         )
 
@@ -91,10 +96,19 @@ def read_for(config: dict, file: Path) -> WholeSlice:
     return whole
 
 
+def warn_if_unfamiliar(config: dict, whole: WholeSlice, file: Path) -> None:
+    """One line on stderr where the model of this ``config.json`` saw no slice of this layout and pitch."""
+    trained = {(row["layout"], row["pitch_um"]) for row in config["data"]["slices"]}
+    mine = (whole.facts["layout"], whole.facts["pitch_um"])
+    if mine not in trained:
+        *seen, mine = (f"layout {layout} at {pitch_um:g} um" for layout, pitch_um in [*sorted(trained), mine])
+        print(f"warning: {file}: {mine}, but the model was trained on {', '.join(seen)}", file=sys.stderr, flush=True)
+
+
 def most_variable(whole: WholeSlice, target_sum: float, n: int) -> np.ndarray:
     """Positions among the slice's genes of the ``n`` most variable ones, ascending.
 
-    Population variance of normalised expression over the observed spots, float64; ties go to the lower index.
+    Population variance of normalised expression over the observed cells, float64; ties go to the lower index.
     """
     observed = whole.totals > 0
     totals = torch.from_numpy(whole.totals[observed]).double()
@@ -116,27 +130,29 @@ def origins(length: int, window: int, stride: int) -> list[int]:
 def embed(
     model: MaskedAutoencoder, whole: WholeSlice, target_sum: float, stride: int, n_genes: int, batch_size: int
 ) -> dict[str, np.ndarray]:
-    """Features of every observed spot.
+    """Features of every spot.
 
     Returns
     -------
-    ``X`` float32 [n, d] and ``spot`` int32 [n], ascending.
+    ``X`` float32 [n_spots, d] and ``spot`` int32 [n_spots], 0, 1, 2, ...
     """
     cfg, device = model.cfg, next(model.parameters()).device
     chosen = most_variable(whole, target_sum, n_genes)
-    H, W = whole.spot.shape
+    H, W = whole.totals.shape
     pad = [(0, max(0, cfg.h - H)), (0, max(0, cfg.w - W))]
     counts = torch.from_numpy(np.pad(whole.counts[chosen], [(0, 0), *pad]).astype(np.int32))
     totals = torch.from_numpy(np.pad(whole.totals, pad))
     values = log_normalise(counts.permute(1, 2, 0), totals, target_sum)  # [H, W, m], at least a window
-    spot = np.pad(whole.spot, pad, constant_values=-1)
+    of_spot = np.divmod(whole.cell, W)  # y, x of every spot
+    has_spot = np.zeros(totals.shape, bool)
+    has_spot[of_spot] = True
 
     corners = [(y, x) for y in origins(H, cfg.h, stride) for x in origins(W, cfg.w, stride)]
     windows = [np.s_[y : y + cfg.h, x : x + cfg.w] for y, x in corners]
-    windows = [window for window in windows if (spot[window] >= 0).any()]
+    windows = [window for window in windows if has_spot[window].any()]
     genes = torch.from_numpy(whole.genes[chosen]).to(device)
-    features = torch.zeros(*spot.shape, cfg.width, dtype=torch.float64)  # summed on the CPU, in a fixed order
-    covered = torch.zeros(*spot.shape, 1, dtype=torch.float64)
+    features = torch.zeros(*totals.shape, cfg.width, dtype=torch.float64)  # summed on the CPU, in a fixed order
+    covered = torch.zeros(*totals.shape, 1, dtype=torch.float64)
     for begin in range(0, len(windows), batch_size):
         some = windows[begin : begin + batch_size]
         inputs = torch.stack([values[window].flatten(0, 1) for window in some]).to(device)  # [B, S, m]
@@ -146,10 +162,8 @@ def embed(
             features[window] += sites.view(cfg.h, cfg.w, -1)
             covered[window] += 1
 
-    here = torch.from_numpy(spot >= 0)
-    mean, rows = (features[here] / covered[here]).float().numpy(), spot[spot >= 0]
-    by_row = np.argsort(rows)
-    return {"X": mean[by_row], "spot": rows[by_row]}
+    mean = features[of_spot] / covered[of_spot]
+    return {"X": mean.float().numpy(), "spot": np.arange(len(whole.cell), dtype=np.int32)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -187,6 +201,7 @@ def run(args: argparse.Namespace) -> None:
 
     for file in args.shards:
         whole = read_for(config, file)
+        warn_if_unfamiliar(config, whole, file)
         embeddings = embed(model, whole, target_sum, stride, n_genes, args.batch_size)
         out = args.out if single else args.out / f"{whole.name}.safetensors"
         out.parent.mkdir(parents=True, exist_ok=True)

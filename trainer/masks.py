@@ -34,15 +34,15 @@ def entry_mask(seed: int, epoch: int, positions: Tensor, n_sites: int, genes: Te
     bool [B, S, m]: True where the entry is hidden.
     """
     device = positions.device
-    stream = _mix(_mix(torch.tensor(seed & _WORD, device=device)) ^ (epoch & _WORD))
-    sample = _mix(stream ^ positions)  # [B]
+    stream = _mix(_mix(seed & _WORD) ^ (epoch & _WORD))  # plain Python: nothing to copy to the device
+    sample = _mix(positions ^ stream)  # [B]
     site = _mix(sample[:, None] ^ torch.arange(n_sites, device=device))  # [B, S]
     entry = _mix(site[:, :, None] ^ genes[:, None, :].long())  # [B, S, m]
     return entry < round(ratio * (_WORD + 1))
 
 
-def _mix(word: Tensor) -> Tensor:
-    """A bijection on 32-bit words that spreads every bit; held in int64, where its products cannot overflow."""
+def _mix(word: int | Tensor) -> int | Tensor:
+    """A bijection on 32-bit words that spreads every bit; tensors are int64, where its products cannot overflow."""
     for _ in range(2):
         word = ((word ^ (word >> 16)) * 0x45D9F3B) & _WORD
     return word ^ (word >> 16)

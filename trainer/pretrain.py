@@ -27,6 +27,8 @@ from trainer.files import as_json, as_safetensors, write_whole
 from trainer.model import MaskedAutoencoder, ModelConfig, build
 from trainer.progress import Progress
 
+TAME = "lower --lr, add --warmup, or set --clip 1"  # what helps against a loss that is not finite
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -49,20 +51,16 @@ class TrainConfig:
     val_samples: int = knob(512, "held-out windows to validate on, the first of their shards; 0: all")
 
     def __post_init__(self) -> None:
-        least = {
-            "epochs": 0,
-            "steps": 0,
-            "batch_size": 1,
-            "lr": 0,
-            "weight_decay": 0,
-            "warmup": 0,
-            "clip": 0,
-            "seed": 0,
-        }
-        least |= {"workers": 1, "log_every": 1, "val_every": 1, "val_samples": 0}
+        least = dict.fromkeys(("epochs", "steps", "lr", "weight_decay", "warmup", "clip", "seed", "val_samples"), 0)
+        least |= dict.fromkeys(("batch_size", "workers", "log_every", "val_every"), 1)
         for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise _refuse(name, getattr(self, name), f"at least {bound}")
+            if not bound <= getattr(self, name) < math.inf:
+                raise _refuse(name, getattr(self, name), f"at least {bound}, and finite")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise _refuse(name, getattr(self, name), "at least 0 and below 1")
+        if self.seed >= 2**63:
+            raise _refuse("seed", self.seed, "below 2**63")
         if not 0 < self.mask_ratio < 1:
             raise _refuse("mask_ratio", self.mask_ratio, "between 0 and 1")
         if self.optimizer not in ("adam", "adamw"):
@@ -70,41 +68,57 @@ class TrainConfig:
 
 
 def _refuse(name: str, value: object, expected: str) -> ConfigError:
-    return ConfigError("training", found=f"{name} {value}", expected=expected, next_step=f"change {name}")
+    next_step = f"change --{name.replace('_', '-')}, or `{name}` in the config file"
+    return ConfigError("training", found=f"{name} {value}", expected=expected, next_step=next_step)
 
 
 def train(
-    model: MaskedAutoencoder, shards: Shards, val: Shards | None, cfg: TrainConfig, metrics: Path
-) -> dict[str, float]:
-    """The training loop. Returns the figures of the last validation, empty without held-out windows."""
+    model: MaskedAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    shards: Shards,
+    val: Shards | None,
+    cfg: TrainConfig,
+    progress: Progress,
+    step: int = 0,
+    consumed: int = 0,
+) -> None:
+    """The training loop: from after ``step`` steps, which ``consumed`` so many samples, to ``cfg.steps``.
+
+    The host waits for the device only where a line is due, and learns only then whether all was finite; so nothing is
+    reported, validated or written before that is known.
+    """
     device, target_sum = next(model.parameters()).device, shards.index["target_sum"]
-    optimizer = make_optimizer(model, cfg)
-    consumed, losses = 0, []
-    with Progress(metrics, cfg.steps, len(shards)) as progress:
-        scores = progress.validated(0, consumed, validate, model, val, cfg)
-        batches = shards.batches(cfg.batch_size, cfg.seed, consumed, cfg.workers)
-        for step, batch in enumerate(islice(batches, cfg.steps)):
-            lr = learning_rate(step, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+    losses, finite = [], torch.ones((), dtype=torch.bool, device=device)
+    sound = (step, consumed)  # where all was last known to be finite
+    if step == 0:
+        progress.validated(0, consumed, validate, model, val, cfg)
+    batches = shards.batches(cfg.batch_size, cfg.seed, consumed, cfg.workers)
+    for done, batch in enumerate(islice(batches, cfg.steps - step), step + 1):
+        lr = learning_rate(done - 1, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
-            squared_error, n_masked = model(*inputs(batch.to(device), target_sum, cfg))
-            loss = squared_error / n_masked.clamp(min=1)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-            if not (loss.isfinite() and norm.isfinite()):
-                raise diverged(step, lr, loss, norm, batch, shards)
-            optimizer.step()
+        squared_error, n_masked = model(*inputs(batch.to(device), target_sum, cfg))
+        loss = squared_error / n_masked.clamp(min=1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        finite &= loss.isfinite() & norm.isfinite()
+        optimizer.step()
 
-            consumed, done = consumed + len(batch), step + 1
-            losses.append(loss.detach())
-            if done % cfg.log_every == 0 or done == cfg.steps:
-                progress.trained(done, consumed, torch.stack(losses).mean().item(), lr)
-                losses.clear()
-            if done % cfg.val_every == 0 or done == cfg.steps:
-                scores = progress.validated(done, consumed, validate, model, val, cfg)
-    return scores
+        consumed += len(batch)
+        losses.append(loss.detach())
+        log = done in (1, cfg.steps) or done % cfg.log_every == 0
+        validation = done == cfg.steps or done % cfg.val_every == 0
+        if log or validation:
+            if not finite:
+                raise diverged(sound, (done, consumed), lr, shards)
+            sound = (done, consumed)
+        if log:
+            progress.trained(done, consumed, torch.stack(losses).mean().item(), lr)
+            losses.clear()
+        if validation:
+            progress.validated(done, consumed, validate, model, val, cfg)
 
 
 def inputs(batch: Batch, target_sum: float, cfg: TrainConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,7 +132,7 @@ def inputs(batch: Batch, target_sum: float, cfg: TrainConfig) -> tuple[Tensor, T
 
 @torch.no_grad()
 def validate(model: MaskedAutoencoder, val: Shards | None, cfg: TrainConfig) -> dict[str, float]:
-    """Masked MSE of the model and of each gene's training mean, over the same entries of held-out windows.
+    """Masked MSE of the model and of each gene's training mean over the same entries, and the number of windows.
 
     The first ``val_samples`` windows of the shards (whose order is a random one), with the same masks every time.
     """
@@ -136,10 +150,10 @@ def validate(model: MaskedAutoencoder, val: Shards | None, cfg: TrainConfig) -> 
         baseline, _ = model.loss(by_mean, values, observed, masked)
         sums += torch.stack([squared_error, baseline, n_masked]).double().cpu()
     if not sums.isfinite().all():
-        found, next_step = f"a held-out loss of {sums[0].item()}", "lower --lr, add --warmup, or set --clip 1"
-        raise NonFiniteLoss(val.folder, found=found, expected="finite numbers", next_step=next_step)
+        found = f"a held-out loss of {sums[0].item()}"
+        raise NonFiniteLoss(val.folder, found=found, expected="finite numbers", next_step=TAME)
     masked_mse, gene_mean_mse = (sums[:2] / sums[2].clamp(min=1)).tolist()
-    return {"masked_mse": masked_mse, "gene_mean_mse": gene_mean_mse}
+    return {"masked_mse": masked_mse, "gene_mean_mse": gene_mean_mse, "n_windows": n}
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
@@ -162,14 +176,13 @@ def make_optimizer(model: MaskedAutoencoder, cfg: TrainConfig) -> torch.optim.Op
     return kind(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
 
 
-def diverged(step: int, lr: float, loss: Tensor, norm: Tensor, batch: Batch, shards: Shards) -> NonFiniteLoss:
-    """The error that names the step and the windows which made the loss infinite."""
-    positions = batch.positions
+def diverged(sound: tuple[int, int], now: tuple[int, int], lr: float, shards: Shards) -> NonFiniteLoss:
+    """The error that names the steps and samples among which a loss or gradient was not finite."""
     found = (
-        f"loss {loss.item()}, norm of the gradient {norm.item()} at step {step + 1}, learning rate {lr:.3g}, "
-        f"epoch {batch.epoch}, positions {int(positions[0])} to {int(positions[-1])} of its order"
+        f"a loss or gradient that is not finite in steps {sound[0] + 1} to {now[0]} "
+        f"(samples {sound[1] + 1} to {now[1]}), learning rate {lr:.3g}"
     )
-    next_step = "lower --lr, add --warmup, or set --clip 1"
+    next_step = f"{TAME}; --log-every 1 names the very step"
     return NonFiniteLoss(shards.folder, found=found, expected="finite numbers", next_step=next_step)
 
 
@@ -191,12 +204,16 @@ def run(shards: Shards, val: Shards | None, out: Path, model_cfg: ModelConfig, c
           f"{len(val) if val else 0:,} held out; {n_weights:,} weights; {cfg.steps:,} steps "
           f"of {cfg.batch_size} on {next(model.parameters()).device}", flush=True)  # fmt: skip
 
-    scores = train(model, shards, val, cfg, out / "metrics.jsonl")
+    with Progress(out / "metrics.jsonl", cfg.steps, len(shards)) as progress:
+        train(model, make_optimizer(model, cfg), shards, val, cfg, progress)
+    weights = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
+    if not all(np.isfinite(weight).all() for weight in weights.values()):  # the last step may have made them so
+        found = f"weights that are not finite after step {cfg.steps}"
+        raise NonFiniteLoss(out, found=found, expected="finite numbers", next_step=TAME)
 
     write_whole(out / "config.json", as_json(facts))
     write_whole(out / "genes.tsv", (shards.folder / shards.index["genes"]["file"]).read_bytes())
-    write_whole(out / "README.md", model_card(facts, scores, n_weights).encode())
-    weights = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
+    write_whole(out / "README.md", model_card(facts, progress.scores, n_weights).encode())
     write_whole(out / "model.safetensors", as_safetensors(weights, {"format": "pt"}))
     print(f"wrote {out / 'model.safetensors'}", flush=True)
 

@@ -15,6 +15,7 @@ from scipy import sparse
 from scipy.linalg import eigh
 from scipy.spatial import cKDTree
 
+from workflow.errors import SliceError
 from workflow.expression import log_normalise
 from workflow.keys import Keys
 
@@ -23,6 +24,13 @@ N_VARIABLE = 2000  # genes of `pca`
 N_COMPONENTS = 50
 RINGS = {6: 1, 18: 2, 36: 3}  # neighbours of a spot -> rings of the hexagonal lattice
 SECTION_APART = 1e4  # `coordinates_section`: section index times this, in micrometres: more than a capture area is wide
+
+
+class TooFewCommonGenes(SliceError):
+    """The sections of a dataset share fewer genes than the controls need."""
+
+    code = "too_few_common_genes"
+    stage = "score"
 
 
 @dataclass
@@ -43,6 +51,8 @@ class Section:
         int [n, 2], row and column on the capture lattice; None where there is no lattice.
     position
         float64 [n, 2], x and y; micrometres unless `position_unit` says pixels.
+    donor
+        As the catalogue has it; "" where it is unknown.
     """
 
     name: str
@@ -55,6 +65,7 @@ class Section:
     position: np.ndarray
     position_unit: str = "micrometres"
     simulated: bool = False
+    donor: str = ""
 
     @property
     def n_spots(self) -> int:
@@ -69,6 +80,7 @@ def load_section(path: str | Path) -> Section:
     """
     slice_ = ad.read_h5ad(path)
     about = slice_.uns[Keys.STPATCH]
+    row = json.loads(about["row"])
     lattice, array = str(about["lattice"]["kind"]), None
     if lattice == "none":
         scale = float(about["lattice"]["um_per_px"])
@@ -93,7 +105,8 @@ def load_section(path: str | Path) -> Section:
         array=array,
         position=position,
         position_unit=unit,
-        simulated=json.loads(about["row"]).get("source") == "simulated",
+        simulated=row.get("source") == "simulated",
+        donor=row.get("donor", ""),
     )
 
 
@@ -199,7 +212,6 @@ def principal_components(expression: list[sparse.csr_matrix], n: int = N_COMPONE
         gram += dense.T @ dense
     mean = total / n_spots
     covariance = gram / n_spots - np.outer(mean, mean)
-    n = min(n, n_genes)
     _, vectors = eigh(covariance, subset_by_index=(n_genes - n, n_genes - 1))
     vectors = vectors[:, ::-1]
     greatest = np.abs(vectors).argmax(axis=0)
@@ -224,6 +236,11 @@ def control_features(sections: list[Section], target_sum: float) -> dict[str, li
     `coordinates`: position. `coordinates_section`: besides, the section's index times 1e4 (only where there are
     several). `raw`: normalised expression of the 512 genes that vary most. `pca`: 50 components of the 2,000 that vary
     most. `neighbour_mean_6`, `_18`, `_36`: mean of `pca` over the spot and its neighbours.
+
+    Raises
+    ------
+    TooFewCommonGenes
+        If fewer than 50 genes, the components of `pca`, were measured by every section.
     """
     features = {"coordinates": [section.position for section in sections]}
     if len(sections) > 1:
@@ -232,6 +249,14 @@ def control_features(sections: list[Section], target_sum: float) -> dict[str, li
             for index, section in enumerate(sections)
         ]
     genes = common_genes(sections)
+    if len(genes) < N_COMPONENTS:
+        raise TooFewCommonGenes(
+            slice=", ".join(section.name for section in sections),
+            found=f"{len(genes)} genes that all {len(sections)} sections measured",
+            expected=f"at least {N_COMPONENTS}, the components of `pca`",
+            next_step="check that the sections are of one organism and panel, or give them splits of their own "
+            "in the catalogue",
+        )
     expression = [normalised(section, genes, target_sum) for section in sections]
     raw = most_variable(expression, N_RAW)
     features["raw"] = [matrix[:, raw].toarray() for matrix in expression]

@@ -29,7 +29,7 @@ from workflow.errors import (
 from workflow.genes import PREFIX, Mapping, load_genes, map_genes, organism_of, strip_version
 from workflow.keys import Keys
 from workflow.labels import spot_labels
-from workflow.lattice import PITCH_UM, Lattice, infer_lattice, known_lattice
+from workflow.lattice import VISIUM_PITCH_UM, Lattice, infer_lattice, known_lattice
 from workflow.readers import Deposit, read_deposit
 from workflow.readers.deposit import why_not_counts
 from workflow.sources import files_at, sha256_of
@@ -85,6 +85,7 @@ def curate(
     mapping = kept_genes(name, deposit, organism, Path(gene_tables))
     covered = np.flatnonzero(deposit.in_tissue)
     lattice, source, pixels = place_spots(name, deposit, covered)
+    pitch_um, um_per_px = scale_of(deposit, lattice)
 
     obs = pd.DataFrame(index=pd.Index(deposit.spots[covered].astype(str), dtype=object))
     if lattice:
@@ -94,8 +95,6 @@ def curate(
         label = spot_labels(name, deposit, row["label_column"], labels)[covered]
         obs[Keys.LABEL] = label.remove_unused_categories()
     read = deposit.files + ([labels] if labels and row.get("label_column") else [])
-    kind = lattice.kind if lattice else "none"
-    pitch_um = PITCH_UM.get(kind, float("nan"))
     provenance = {
         "format_version": FORMAT_VERSION,
         "slice": name,
@@ -103,10 +102,10 @@ def curate(
         "inputs": json.dumps([{"path": str(p), "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in read]),
         "versions": json.dumps({"python": platform.python_version()} | {p: version(p) for p in PACKAGES}),
         "lattice": {
-            "kind": kind,
+            "kind": lattice.kind if lattice else "none",
             "source": source,
             "pitch_um": pitch_um,
-            "um_per_px": pitch_um / lattice.pitch_px if lattice else float("nan"),
+            "um_per_px": um_per_px,
             "residual": lattice.residual if lattice else float("nan"),
         },
         "counts": {
@@ -120,7 +119,7 @@ def curate(
         },
     }
     return anndata.AnnData(
-        X=mapping.apply(counts),
+        X=not_too_large(name, deposit, mapping.apply(counts)),
         obs=obs,
         var=pd.DataFrame({Keys.SYMBOL: mapping.symbols}, index=pd.Index(mapping.gene_ids)),
         obsm={Keys.SPATIAL: pixels},
@@ -153,15 +152,26 @@ def raw_counts(name: str, deposit: Deposit) -> sparse.csr_matrix:
             next_step="check that matrix and in_tissue are those of the slice, or take the row out of the catalogue",
         )
     counts.sum_duplicates()
+    counts = not_too_large(name, deposit, counts).astype(np.int32)
+    counts.eliminate_zeros()
+    return counts
+
+
+def not_too_large(name: str, deposit: Deposit, counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """The counts as they are, if the grid can hold them; asked again once columns of one Ensembl id are summed.
+
+    Raises
+    ------
+    CountOverflow
+    """
     if counts.max() > MAX_COUNT:
         raise CountOverflow(
-            **where,
+            slice=name,
+            file=str(deposit.file),
             found=f"a count of {int(counts.max())}",
             expected=f"at most {MAX_COUNT}, what 16 bits hold",
             next_step="check that these are counts of molecules (UMI), not of reads",
         )
-    counts = counts.astype(np.int32)
-    counts.eliminate_zeros()
     return counts
 
 
@@ -203,7 +213,8 @@ def kept_genes(name: str, deposit: Deposit, organism: str, gene_tables: Path) ->
 def place_spots(name: str, deposit: Deposit, covered: np.ndarray) -> tuple[Lattice | None, str, np.ndarray]:
     """Lattice of the covered spots (None where there is none), where it comes from, and their pixels [n, 2].
 
-    Without pixels (legacy ST without spot file) the lattice itself stands in: one "pixel" is a nominal micrometre.
+    Without pixels (legacy ST without spot file) the lattice itself stands in: one "pixel" is a nominal micrometre, or, where the
+    pitch of a square lattice isn't known, a pitch.
 
     Raises
     ------
@@ -211,6 +222,8 @@ def place_spots(name: str, deposit: Deposit, covered: np.ndarray) -> tuple[Latti
         Pixels that are NaN.
     MultipleSections
         Two spots at one site of the array.
+    PositionsMismatch
+        Array coordinates and pixels that contradict each other (`workflow.lattice.known_lattice`).
     """
     where = {"slice": name, "file": str(deposit.file)}
     pixels = None if deposit.pixels is None else deposit.pixels[covered]
@@ -236,12 +249,30 @@ def place_spots(name: str, deposit: Deposit, covered: np.ndarray) -> tuple[Latti
             expected="one section, each array position once",
             next_step="split the source, one catalogue row a section",
         )
-    lattice = known_lattice(row, col, pixels)
+    lattice = known_lattice(row, col, pixels, **where)
     if pixels is None:
-        pitch = PITCH_UM[lattice.kind]
-        pixels = lattice.plane() * pitch
-        lattice = known_lattice(row, col, pixels)
+        pitch_um, _ = scale_of(deposit, lattice)
+        pixels = lattice.plane() * (pitch_um if np.isfinite(pitch_um) else 1.0)
+        lattice = known_lattice(row, col, pixels, **where)
+    elif np.isnan(lattice.pitch_px):
+        logger.warning("%s: spots or pixels all at one place or in one line: they don't tell the scale", name)
     return lattice, "array", pixels
+
+
+def scale_of(deposit: Deposit, lattice: Lattice | None) -> tuple[float, float]:
+    """``pitch_um`` and ``um_per_px`` of a slice, NaN where unknown.
+
+    A staggered lattice is Visium's (100 um), a square one of legacy ST has the pitch that its format tells (200 um): the scale
+    follows from the pitch in pixels. A square lattice from elsewhere says nothing by itself (bins of Visium HD, DBiT, legacy ST made
+    into h5ad): its pitch follows from the source's scale factors, if it has any. Without lattice there are only these. They are
+    approximate (`workflow.readers.deposit.scale`).
+    """
+    if lattice is None:
+        return float("nan"), deposit.um_per_px
+    pitch_um = VISIUM_PITCH_UM if lattice.kind == "staggered" else deposit.pitch_um
+    if np.isfinite(pitch_um):
+        return pitch_um, pitch_um / lattice.pitch_px
+    return deposit.um_per_px * lattice.pitch_px, deposit.um_per_px
 
 
 def rejected(row: dict[str, str], error: SliceError) -> anndata.AnnData:
@@ -285,6 +316,6 @@ if __name__ == "__main__":
         files, labels = located(row, Path(listing) if listing else None)
         adata = curate(row, snakemake.params.gene_tables, files, labels)
     except SliceError as error:
-        logger.error("set apart: %s", error)
+        logger.error("set apart: %s", error, exc_info=error.__cause__)
         adata = rejected(row, error)
     write_slice(adata, snakemake.output[0])

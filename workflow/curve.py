@@ -15,7 +15,10 @@ def read_metrics(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         pd.DataFrame([line for line in lines if line["kind"] == kind], columns=["kind", "step", *columns])
         .drop_duplicates("step", keep="last")
         .sort_values("step")
-        for kind, columns in (("train", ["loss", "patches_per_s"]), ("val", ["masked_mse", "gene_mean_mse"]))
+        for kind, columns in (
+            ("train", ["loss", "patches_per_s"]),
+            ("val", ["masked_mse", "gene_mean_mse", "n_windows"]),
+        )
     )
 
 
@@ -23,10 +26,12 @@ def verdict(val: pd.DataFrame) -> str:
     """What the last validation says."""
     if not len(val):
         return "no held-out windows: nothing to compare with"
-    model, baseline = val.iloc[-1][["masked_mse", "gene_mean_mse"]]
+    last = val.iloc[-1]
+    model, baseline = last["masked_mse"], last["gene_mean_mse"]
     side = "below" if model < baseline else "not below"
     change = f" ({model / baseline - 1:+.1%})" if baseline > 0 else ""
-    return f"held-out windows: masked MSE {model:.4f}, {side} the gene means' {baseline:.4f}{change}"
+    number = f"{last['n_windows']:,.0f} " if pd.notna(last.get("n_windows")) else ""
+    return f"{number}held-out windows: masked MSE {model:.4f}, {side} the gene means' {baseline:.4f}{change}"
 
 
 def draw(train: pd.DataFrame, val: pd.DataFrame):

@@ -11,6 +11,10 @@ Inference is linear algebra on the whole slice at once, so that holes and island
 5. the fit must leave less than a tenth of the pitch (root mean square), and no two spots on one site.
 Which of the three directions of a staggered lattice its rows follow can't be seen from spots alone: the one nearest to an axis of the
 image is taken. The neighbours of a spot are the same for each choice, also where the image is rotated or mirrored.
+
+Given coordinates are believed only if the pixels agree: the affine fit must leave less than half a pitch (real Visium slices: 0.02 at
+most, her2st 0.09; shuffled spots: several pitches) and stretch no axis to twice the other (real slices: 1.02 at most; pixels that are
+column and row themselves: 1.7; row and column exchanged on a staggered lattice: 3).
 """
 
 from __future__ import annotations
@@ -20,11 +24,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import cKDTree
 
-from workflow.errors import NoLattice
+from workflow.errors import NoLattice, PositionsMismatch
 
 MAX_RESIDUAL = 0.1  # rms in pitches
+MAX_DISAGREEMENT = 0.5  # the same, of given coordinates
+MAX_STRETCH = 2.0  # of one axis against the other, of given coordinates
+MIN_OTHER_PARITY = 0.1  # of the spots on a square lattice; about a half have either
+MIN_WIDTH = 1e-3  # of positions across, as part of that along; the narrowest lattice (2 rows of 224 columns) has 0.008
 FEWEST_SPOTS = 10
-PITCH_UM = {"staggered": 100.0, "square": 200.0}
+VISIUM_PITCH_UM = 100.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,9 @@ def plane(kind: str, row: np.ndarray, col: np.ndarray) -> np.ndarray:
     return np.column_stack([col, row]).astype(float)
 
 
-def known_lattice(row: np.ndarray, col: np.ndarray, pixels: np.ndarray | None) -> Lattice:
+def known_lattice(
+    row: np.ndarray, col: np.ndarray, pixels: np.ndarray | None, slice: str = "", file: str = ""
+) -> Lattice:
     """The lattice of given array coordinates: staggered if row + col has one parity, else square.
 
     Parameters
@@ -57,15 +67,54 @@ def known_lattice(row: np.ndarray, col: np.ndarray, pixels: np.ndarray | None) -
     row, col
         int [n]: array coordinates.
     pixels
-        float64 [n, 2] (x, y), or None; tell pitch and residual.
+        float64 [n, 2] (x, y), or None; tell pitch and residual, unless they (or the sites) are all in one line.
+    slice, file
+        For the error.
+
+    Raises
+    ------
+    PositionsMismatch
+        A few spots of the other parity (row + col), which neither lattice has; pixels half a pitch or more from the lattice, or a lattice
+        that has to be stretched twofold.
     """
+
+    def refuse(found: str, expected: str) -> PositionsMismatch:
+        return PositionsMismatch(
+            slice=slice,
+            file=file,
+            found=found,
+            expected=expected,
+            next_step="find the positions that belong to these spots; where the pixels are right, take array_row and array_col "
+            "out of the file, so that the lattice is found from the pixels",
+        )
+
     row, col = np.asarray(row, np.int32), np.asarray(col, np.int32)
-    kind = "staggered" if len(np.unique((row + col) % 2)) == 1 else "square"
+    odd = int(((row + col) % 2).sum())
+    other = min(odd, len(row) - odd)
+    if 0 < other < MIN_OTHER_PARITY * len(row):
+        raise refuse(
+            f"{other} of {len(row)} spots whose array row + column is {'odd' if other == odd else 'even'}, unlike the others",
+            f"none (a staggered lattice) or {MIN_OTHER_PARITY:.0%} at least (a square one)",
+        )
+    kind = "square" if other else "staggered"
     pitch_px = residual = float("nan")
     sites = plane(kind, row, col)
-    if pixels is not None and np.linalg.matrix_rank(sites - sites.mean(0)) == 2:
-        _, pitch_px, residual = _fit(sites, pixels)
+    if pixels is not None and _is_plane(sites) and _is_plane(pixels):
+        affine, pitch_px, residual = _fit(sites, pixels)
+        stretch = np.linalg.cond(affine[:2])
+        if not (residual < MAX_DISAGREEMENT and stretch < MAX_STRETCH):
+            raise refuse(
+                f"pixels {residual:.2f} pitches (root mean square) from where the array coordinates put them, one axis stretched "
+                f"{stretch:.2f} times",
+                f"less than {MAX_DISAGREEMENT} and {MAX_STRETCH:g}: coordinates of the same spots, row and column not exchanged",
+            )
     return Lattice(kind, row, col, pitch_px, residual)
+
+
+def _is_plane(points: np.ndarray) -> bool:
+    """Whether points [n, 2] spread in two directions: not all at one place or in one line."""
+    spread = np.linalg.svd(points - points.mean(0), compute_uv=False)
+    return len(spread) == 2 and spread[1] > MIN_WIDTH * spread[0]
 
 
 def infer_lattice(pixels: np.ndarray, slice: str = "") -> Lattice:
@@ -93,7 +142,7 @@ def infer_lattice(pixels: np.ndarray, slice: str = "") -> Lattice:
             slice=slice,
             found=found,
             expected=f"a staggered or square lattice, residual below {MAX_RESIDUAL} pitches",
-            next_step="give array_row and array_col, or build its grid with layout `bin`",
+            next_step="give array_row and array_col, or spot_diameter_fullres for layout `bin`",
         )
 
     pixels = np.asarray(pixels, float)

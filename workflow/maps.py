@@ -6,19 +6,24 @@ import pandas as pd
 
 from workflow.keys import Keys
 from workflow.plotting import domain_colours, draw_spots, headline, new_figure, save
-from workflow.scoreboard import is_control
+from workflow.scoreboard import pooled, strongest
 
 MAX_SECTIONS = 4
 
 
-def best_columns(predictions: pd.DataFrame) -> dict[str, str]:
-    """Of either side the column `protocol:method:head` with the highest accuracy over all predicted spots."""
+def best_columns(predictions: pd.DataFrame, scores: pd.DataFrame) -> dict[str, str]:
+    """Of either side the column `protocol:method:head` that the scoreboard ranks first by accuracy."""
     predicted = [name for name in predictions.columns if name.count(":") == 2]
-    accuracy = {name: correct(predictions, name) for name in predicted}
-    sides = {"stpatch": [], "strongest control": []}
-    for name in predicted:
-        sides["strongest control" if is_control(name.split(":")[1]) else "stpatch"].append(name)
-    return {side: max(names, key=accuracy.get) for side, names in sides.items() if names}
+    if not predicted:
+        return {}
+    protocol = predicted[0].split(":")[0]
+    best, columns = strongest(pooled(scores), protocol, "accuracy"), {}
+    for side, title in (("model", "stpatch"), ("control", "strongest control")):
+        if side in best:
+            method, head = best[side]
+            # The majority class has no head; the scoreboard shows it under every one.
+            columns[title] = f"{protocol}:{method}:{'none' if method == 'majority' else head}"
+    return columns
 
 
 def correct(predictions: pd.DataFrame, column: str) -> float:
@@ -27,17 +32,19 @@ def correct(predictions: pd.DataFrame, column: str) -> float:
     return float((tested[column] == tested["label"]).mean())
 
 
-def draw(dataset: str, predictions: pd.DataFrame, places: dict[str, np.ndarray]):
+def draw(dataset: str, predictions: pd.DataFrame, scores: pd.DataFrame, places: dict[str, np.ndarray]):
     """One row a section: truth, stpatch, strongest control; spots that were not predicted stay white.
 
     Parameters
     ----------
+    scores
+        The dataset's score table, by which the shown methods are chosen.
     places
         Section name -> float [n_spots, 2], pixels of the curated slice's spots.
     """
     sections = sorted(predictions["section"].unique())
     shown, domains = sections[:MAX_SECTIONS], sorted(predictions["label"].unique())
-    columns = {"true": "label", **best_columns(predictions)}
+    columns = {"true": "label", **best_columns(predictions, scores)}
     colours = domain_colours(len(domains))
     size = (3.9 * len(columns), 1.2 + 3.6 * len(shown))
     figure, axes = new_figure(len(shown), len(columns), figsize=size, squeeze=False)
@@ -77,7 +84,7 @@ if __name__ == "__main__":
             slice_ = ad.read_h5ad(path, backed="r")
             places[str(slice_.uns[Keys.STPATCH]["slice"])] = slice_.obsm[Keys.SPATIAL]
             slice_.file.close()
-        figure = draw(dataset, predictions, places)
+        figure = draw(dataset, predictions, pd.read_csv(given.scores, sep="\t"), places)
     else:
         figure, axes = new_figure(figsize=(8, 2))
         axes.set_axis_off()

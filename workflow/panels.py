@@ -5,7 +5,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Polygon, Rectangle
 
 from workflow.drawn import Window, first_window
 from workflow.expression import log_normalise
@@ -44,6 +44,31 @@ def central_window(grid, symbols: np.ndarray, shape: tuple[int, int], target_sum
     return Window(y, x, counts[[gene]], totals * seen, grid.gene_ids[[gene]], symbols[[gene]])
 
 
+def outline(window: Window, spot: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Corners of the window among the source's pixels, float [4, 2], where the lattice may lie turned or mirrored.
+
+    Parameters
+    ----------
+    spot
+        int [H', W'], row of `xy` that each cell of the grid holds; -1 where nothing was observed.
+    xy
+        float [n_spots, 2], pixels of the spots.
+    """
+    h, w = window.totals.shape
+    inside = spot[window.y : window.y + h, window.x : window.x + w]
+    y, x = np.nonzero(inside >= 0)
+    # The affine map from cells to pixels that fits the window's own spots: rows that are missing elsewhere don't shift it.
+    cells = np.column_stack([x, y, np.ones(len(x))])
+    to_pixels, *_ = np.linalg.lstsq(cells, xy[inside[y, x]], rcond=None)
+    left, top, right, bottom = -0.5, -0.5, w - 0.5, h - 0.5
+    return np.array([(left, top, 1), (right, top, 1), (right, bottom, 1), (left, bottom, 1)]) @ to_pixels
+
+
+def brightest(values: np.ndarray) -> float:
+    """Upper end of a colour range: the 99% quantile, lest one spot leave all others dark; the maximum where that is 0."""
+    return float(np.quantile(values, 0.99) or values.max())
+
+
 def draw(slice_: ad.AnnData, grid, window: Window, drawn: bool, target_sum: float):
     """The four panels as a figure.
 
@@ -67,14 +92,21 @@ def draw(slice_: ad.AnnData, grid, window: Window, drawn: bool, target_sum: floa
     on_grid = draw_cells(axes[1], np.log10(np.maximum(grid.total_counts, 1)), grid.mask, vmin=low, vmax=high)
     rows, cols = grid.mask.shape
     axes[1].set(title=f"2  compacted: {rows} x {cols}", xlabel=f"{grid.mask.mean():.0%} of the cells observed")
-    axes[1].add_patch(Rectangle((window.x - 0.5, window.y - 0.5), w, h, fill=False, edgecolor=ACCENT, linewidth=2.2))
-    counts = draw_cells(axes[2], window.counts[gene], observed)
-    axes[2].set(title=f"3  window at ({window.y}, {window.x})", xlabel=f"{name}: the gene that varies most of {choice}")
-    values = draw_cells(axes[3], expression[gene], observed, cmap=EXPRESSION)
-    axes[3].set(title="4  normalised", xlabel=f"{name}: log1p(count / total x {target_sum:g})")
+    frame = {"fill": False, "edgecolor": ACCENT, "linewidth": 2.2, "clip_on": False}
+    axes[0].add_patch(Polygon(outline(window, grid.spot, slice_.obsm[Keys.SPATIAL]), **frame))
+    axes[1].add_patch(Rectangle((window.x - 0.5, window.y - 0.5), w, h, **frame))
+    counts = draw_cells(axes[2], window.counts[gene], observed, vmin=0, vmax=brightest(window.counts[gene, observed]))
+    axes[2].set(
+        title=f"3  window at row {window.y}, column {window.x}", xlabel=f"{name}\nvaries most of {choice} genes"
+    )
+    values = draw_cells(
+        axes[3], expression[gene], observed, cmap=EXPRESSION, vmin=0, vmax=brightest(expression[gene, observed])
+    )
+    axes[3].set(title="4  normalised", xlabel=f"{name}\nlog1p(count / total x {target_sum:g})")
     bars = ((spots, "log10 counts of the spot"), (on_grid, "log10 counts of the spot"), (counts, "raw counts"))
     for panel, (image, label) in zip(axes, (*bars, (values, "normalised expression")), strict=True):
-        figure.colorbar(image, ax=panel, label=label, location="bottom", shrink=0.8, pad=0.03, aspect=30)
+        extend = "both" if panel in axes[:2] else "max"  # values beyond the colours' range
+        figure.colorbar(image, ax=panel, label=label, location="bottom", shrink=0.8, pad=0.03, aspect=30, extend=extend)
         panel.set(xticks=[], yticks=[])
         for side in panel.spines.values():
             framed = panel in axes[2:]

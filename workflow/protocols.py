@@ -49,6 +49,22 @@ def blocks(section: np.ndarray, array: np.ndarray, n_splits: int, seed: int, dat
 
 
 def leave_section(section: np.ndarray) -> Iterator[Split]:
-    """Each section in turn is tested by what the others taught; the split's number is the section's rank."""
+    """Each section in turn is tested by what the others taught; the split's number is the section's rank.
+
+    Serial sections of one donor share their layout, so it leaks where the left-out section's donor also trains.
+    """
     for split, left_out in enumerate(np.unique(section)):
         yield split, np.flatnonzero(section != left_out), np.flatnonzero(section == left_out)
+
+
+def leave_donor(donor: np.ndarray) -> Iterator[Split]:
+    """All sections of each donor in turn are tested by what other donors taught; the number is the donor's rank.
+
+    Parameters
+    ----------
+    donor
+        int [n_spots], index of each spot's donor; -1 where it is unknown: such a spot neither trains nor is tested.
+    """
+    known = donor >= 0
+    for split, left_out in enumerate(np.unique(donor[known])):
+        yield split, np.flatnonzero(known & (donor != left_out)), np.flatnonzero(donor == left_out)

@@ -20,7 +20,7 @@ from workflow.errors import DamagedFile
 COLUMNS = ["dataset", "section", "method", "head", "protocol", "split", "metric", "value"]
 NOTES = ["kind", "protocol", "split", "section", "method", "head", "detail"]
 SUFFIXES = {"+centred": centre, "+standardised": standardise}
-PLAIN = {"coordinates", "coordinates_section", "raw"}  # methods that go without suffix
+PLAIN = {"coordinates", "coordinates_section"}  # methods that go without suffix
 
 
 class Scored(NamedTuple):
@@ -64,7 +64,7 @@ def load_embedding(path: str | Path, section: Section) -> tuple[np.ndarray, dict
 
 
 def with_suffixes(features: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
-    """Every method but the plainest also centred and standardised by section, so that controls get what a model gets.
+    """Every method but positions alone also centred and standardised by section, so that controls get what a model gets.
 
     With one section alone nothing is added: the splits then lie within it.
     """
@@ -97,7 +97,7 @@ def score(
     embeddings
         Method name -> one float [n_spots, d] a section, rows of NaN for spots without embedding.
     heads, protocol_names
-        Keys of `probes.HEADS` and of the protocols (`random20`, `blocks`, `leave_section`).
+        Keys of `probes.HEADS`; names of functions in `protocols`.
 
     Returns
     -------
@@ -193,9 +193,32 @@ def _splits(protocol, dataset, sections, of_section, chosen, n_splits, seed, not
         if len(np.unique(of_section)) < 2:
             notes.add("protocol_skipped", protocol=protocol, detail="fewer than two labelled sections")
             return
+        _note_shared_donors([sections[index] for index in np.unique(of_section)], notes)
         yield from protocols.leave_section(of_section)
+    elif protocol == "leave_donor":
+        labelled = [sections[index] for index in np.unique(of_section)]
+        donors = sorted({section.donor for section in labelled} - {""})
+        if len(donors) < 2:
+            notes.add("protocol_skipped", protocol=protocol, detail="fewer than two known donors of labelled sections")
+            return
+        for section in labelled:
+            if not section.donor:
+                notes.add("unknown_donor", protocol=protocol, section=section.name, detail="neither trains nor tested")
+        rank = {donor: index for index, donor in enumerate(donors)}
+        yield from protocols.leave_donor(np.array([rank.get(section.donor, -1) for section in sections])[of_section])
     else:
-        raise ValueError(f"unknown protocol {protocol!r}; known: random20, blocks, leave_section")
+        known = "random20, blocks, leave_section, leave_donor"
+        raise ValueError(f"unknown protocol {protocol!r}; known: {known}")
+
+
+def _note_shared_donors(labelled: list[Section], notes: Notes) -> None:
+    """A left-out section is familiar where other sections of its donor train; a blank donor is unknown, not shared."""
+    for split, section in enumerate(labelled):
+        others = [other.name for other in labelled if other.donor == section.donor and other.name != section.name]
+        if section.donor and others:
+            where = {"protocol": "leave_section", "split": split, "section": section.name}
+            verb = "trains" if len(others) == 1 else "train"
+            notes.add("shared_donor", detail=f"{', '.join(others)} of donor {section.donor} {verb}", **where)
 
 
 def _predict(x, y, train, test, heads) -> Iterator[tuple[str, str, probes.Prediction]]:

@@ -10,6 +10,13 @@ from workflow.plotting import CONTROL, MODEL, headline, list_rows, new_figure, p
 
 SUFFIX_MARKS = {"": "o", "+centred": "D", "+standardised": "^"}
 SHOWN = {"accuracy": "accuracy", "ari": "ARI"}
+PROTOCOLS = {
+    "random20": "Neighbours of training spots are tested, so position alone, without a gene, does well.",
+    "blocks": "Whole blocks of 16 x 16 spots train; at their borders tested spots still neighbour training spots.",
+    "leave_section": "Serial sections of one donor share their layout, so position alone can do well: this split leaks "
+    "less than random20 and is to be read beside the coordinates. The notes name sections whose donor also trains.",
+    "leave_donor": "No tissue of the tested donor trains: this split does not leak.",
+}
 ORDER = ["majority", "coordinates", "coordinates_section", "raw", "pca"]
 ORDER += ["neighbour_mean_6", "neighbour_mean_18", "neighbour_mean_36", "untrained", "stpatch"]
 
@@ -37,36 +44,49 @@ def pooled(scores: pd.DataFrame) -> pd.DataFrame:
     return rows.pivot(index=["protocol", "head", "method", "split"], columns="metric", values="value")
 
 
+def strongest(by_split: pd.DataFrame, protocol: str, metric: str) -> dict[str, tuple[str, str]]:
+    """Of either side, `model` and `control`, the method and head with the highest mean over the protocol's splits."""
+    mean = by_split.loc[protocol][metric].groupby(level=["method", "head"], sort=False).mean()
+    control = np.array([is_control(method) for method, _ in mean.index])
+    return {side: mean[of].idxmax() for side, of in (("model", ~control), ("control", control)) if of.any()}
+
+
+def worded(difference: pd.Series) -> str:
+    """What the model's lead over the control in each split comes to; only a lead in every split is called a win."""
+    if (difference > 0).all():
+        return "beats it"
+    if difference.mean() <= 0 or not (difference > 0).any():
+        return "does not beat it"
+    return "undecided"
+
+
 def verdicts(by_split: pd.DataFrame) -> pd.DataFrame:
     """The model's best against the strongest control, for each protocol and metric.
 
-    Both sides choose among all their variants and heads by the mean over splits, so the choice favours neither;
-    `higher_in` counts the splits in which the model's side scores higher.
+    Each side is chosen among all its variants and heads by its mean over the tests themselves. There are more
+    variants of controls than of the model, so the choice favours the controls. `higher_in` counts the splits in which
+    the model's side scores higher.
     """
     rows = []
-    for protocol, of_protocol in by_split.groupby(level="protocol", sort=False):
+    for protocol in by_split.index.unique("protocol"):
         for metric in SHOWN:
-            mean = of_protocol[metric].groupby(level=["method", "head"], sort=False).mean()
-            control = np.array([is_control(method) for method, _ in mean.index])
-            if control.all() or not control.any():
+            best = strongest(by_split, protocol, metric)
+            if len(best) < 2:
                 continue
-            best = {side: mean[chosen].idxmax() for side, chosen in (("model", ~control), ("control", control))}
-            split = {
-                side: of_protocol[metric].xs(key, level=["method", "head"]).droplevel("protocol").sort_index()
-                for side, key in best.items()
-            }
+            values = by_split.loc[protocol][metric]
+            split = {side: values.xs(key, level=["method", "head"]).sort_index() for side, key in best.items()}
             difference = split["model"] - split["control"]
             rows.append(
                 {
                     "protocol": protocol,
                     "metric": metric,
                     "model": ", ".join(best["model"]),
-                    "model_value": mean[best["model"]],
+                    "model_value": split["model"].mean(),
                     "control": ", ".join(best["control"]),
-                    "control_value": mean[best["control"]],
+                    "control_value": split["control"].mean(),
                     "difference": difference.mean(),
                     "higher_in": f"{int((difference > 0).sum())} of {len(difference)} splits",
-                    "verdict": "beats it" if difference.mean() > 0 else "does not beat it",
+                    "verdict": worded(difference),
                 }
             )
     return pd.DataFrame(rows)
@@ -79,27 +99,31 @@ def ordered(methods) -> list[str]:
 
 
 def draw(dataset: str, by_split: pd.DataFrame):
-    """Mean and spread over splits of every method, a row a protocol; a line where the strongest control stands."""
+    """Every method's splits and their mean, a row a protocol; a line where the strongest control stands."""
     names, heads = by_split.index.unique("protocol"), by_split.index.unique("head")
     bases = list(dict.fromkeys(split_suffix(method)[0] for method in ordered(by_split.index.unique("method"))))
     columns = [(metric, head) for metric in SHOWN for head in heads]
     size = (3 + 3 * len(columns), 1 + (1 + 0.27 * len(bases)) * len(names))
     figure, axes = new_figure(len(names), len(columns), figsize=size, sharey=True, squeeze=False)
+    lowest = by_split.min()
+    limits = {metric: (min(0, lowest[metric]) - 0.02, 1.02) for metric in SHOWN}
     for row, protocol in enumerate(names):
         for axis, (metric, head) in zip(axes[row], columns, strict=True):
-            values = by_split.loc[(protocol, head), metric].groupby(level="method").agg(["mean", "std"]).fillna(0)
-            best = values.loc[[is_control(method) for method in values.index], "mean"].max()
+            of_method = by_split.loc[(protocol, head), metric].groupby(level="method")
+            means = of_method.mean()
+            best = means[[is_control(method) for method in means.index]].max()
             axis.axvline(best, color=CONTROL, linestyle=":", linewidth=1.5)
-            for method, (mean, spread) in values.iterrows():
+            for method, values in of_method:
                 base, suffix = split_suffix(method)
                 place = bases.index(base) + {"": 0, "+centred": 0.22, "+standardised": -0.22}[suffix]
                 colour = CONTROL if is_control(method) else MODEL
-                strongest = is_control(method) and mean == best
-                look = {"marker": SUFFIX_MARKS[suffix], "color": colour, "linewidth": 1, "markersize": 5}
-                if strongest:
-                    look |= {"markersize": 8, "markeredgecolor": "black", "zorder": 3}
-                axis.errorbar(mean, place, xerr=spread, **look)
-            axis.set(title=f"{protocol}, {head}", xlabel=SHOWN[metric])
+                look = {"marker": SUFFIX_MARKS[suffix], "color": colour, "markersize": 5, "zorder": 3}
+                if is_control(method) and means[method] == best:
+                    look |= {"markersize": 8, "markeredgecolor": "black", "zorder": 4}
+                axis.plot(values, np.full(len(values), place), "-", color=colour, linewidth=0.8, alpha=0.5)
+                axis.plot(values, np.full(len(values), place), ".", color=colour, markersize=4, alpha=0.7)
+                axis.plot(means[method], place, linestyle="none", **look)
+            axis.set(title=f"{protocol}, {head}", xlabel=SHOWN[metric], xlim=limits[metric])
             axis.grid(axis="y", color="#EEEEEE")
             axis.set_axisbelow(True)
         list_rows(axes[row, 0], bases)
@@ -107,11 +131,12 @@ def draw(dataset: str, by_split: pd.DataFrame):
             label.set_color(CONTROL if is_control(label.get_text()) else MODEL)
     for suffix, mark in SUFFIX_MARKS.items():
         axes[0, 0].plot([], [], mark, color="grey", label=f"each section {suffix[1:]}" if suffix else "as it is")
+    axes[0, 0].plot([], [], ".", color="grey", markersize=4, label="single split")
     for colour, label in ((CONTROL, "control"), (MODEL, "stpatch (pretrained)")):
         axes[0, 0].plot([], [], "s", color=colour, label=label)
-    axes[0, 0].plot([], [], ":", color=CONTROL, label="strongest control (ringed)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    headline(figure, f"{dataset}: mean and standard deviation over splits, all tested spots")
+    axes[0, 0].plot([], [], ":", color=CONTROL, label="strongest control of the column (ringed)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    headline(figure, f"{dataset}: each split and the mean over splits, all tested spots")
     return figure
 
 
@@ -169,19 +194,20 @@ def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_c
         what = sorted(set(simulated["section"]) - {""}) + sorted(set(simulated["detail"][simulated["method"] != ""]))
         parts.append(f'<p class="simulated">Simulated data: {html.escape(", ".join(what))}.</p>')
     if not len(scores):
-        parts.append("<p>No section of this dataset has labels: there is nothing to score.</p>")
+        parts.append("<p>There is nothing to score; the notes say why.</p>")
     else:
         by_split = pooled(scores)
         parts.append("<h2>Does pretraining beat the strongest control?</h2>")
         parts.append(table(_worded(verdicts(by_split)), "Only controls were scored."))
         for protocol in by_split.index.unique("protocol"):
             parts.append(f"<h2>All methods: {html.escape(protocol)}</h2>")
+            parts.append(f'<p class="small">{PROTOCOLS[protocol]}</p>')
             parts.append(score_table(by_split, protocol))
         parts.append(
             '<p class="small">Mean ± standard deviation over splits, over all tested spots of a split. ★ strongest '
-            "control of the column. Macro F1, NMI and single sections are in metrics/scores.tsv. random20 puts "
-            "neighbours of training spots to the test: a method that knows nothing but the position does well "
-            "there.</p>"
+            "control of the column. Macro F1, NMI and single sections are in metrics/scores.tsv. stpatch beats a "
+            "control if it is higher in every split. Both are chosen by their mean over these splits; there are more "
+            "variants of controls, so the choice favours the controls.</p>"
         )
     parts.append("<h2>Notes</h2>")
     parts.append(table(notes[notes["kind"] != "simulated"], "Nothing was left out."))
@@ -201,7 +227,7 @@ if __name__ == "__main__":
     else:
         figure, axes = new_figure(figsize=(8, 2))
         axes.set_axis_off()
-        axes.text(0, 0.5, f"{dataset}: no section has labels, nothing to score")
+        axes.text(0, 0.5, f"{dataset}: nothing to score; the notes say why")
     if contaminated:
         figure.text(0.5, 0.995, "allow_contamination is on", color="#CC3311", ha="center", va="top", fontweight="bold")
     save(figure, output.figure, simulated=bool((notes["kind"] == "simulated").any()))

@@ -5,6 +5,7 @@ A place is a file, a folder (everything below it) or the common prefix of flat f
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from pathlib import Path
 
@@ -25,17 +26,22 @@ SKIPPED = (
 def files_at(place: str | Path) -> list[Path]:
     """Files that a place stands for, sorted; none if there is nothing there.
 
-    Images and hidden files (``._`` of macOS among them) are left out, except where ``place`` names one of them itself.
+    Images, hidden files (``._`` of macOS among them) and what lies in hidden folders are left out, except where ``place``
+    names one of them itself.
     """
     place = Path(place)
     if place.is_file():
         return [place]
     if place.is_dir():
-        found = place.rglob("*")
+        folder, found = place, place.rglob("*")
     else:
-        found = place.parent.glob(place.name.replace("[", "[[]") + "*") if place.parent.is_dir() else []
+        folder, found = place.parent, place.parent.glob(glob.escape(place.name) + "*")
     return sorted(
-        p for p in found if p.is_file() and not p.name.startswith(".") and not p.name.lower().endswith(SKIPPED)
+        p
+        for p in found
+        if p.is_file()
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        and not p.name.lower().endswith(SKIPPED)
     )
 
 
@@ -48,12 +54,14 @@ def sha256_of(path: Path) -> str:
 def curate_inputs(row: dict[str, str]) -> dict[str, str | list[Path]]:
     """What a slice's `curate` job waits for, by input name.
 
-    ``listing``: the listing of a slice that is simulated or fetched. Else ``files``: its own files, those that exist;
-    curate says which are missing, so that one slice doesn't stop the others.
+    ``listing``: the listing of a slice that is simulated or fetched. ``files``: files of its own that are local (of a slice
+    that is fetched, the labels if they are), those that exist; curate says which are missing, so that one slice doesn't stop
+    the others.
     """
     if row["source"] == "simulated":
         return {"listing": f"resources/simulated/{row['slice']}/deposit.json"}
-    if row["source"] != "file":
-        return {"listing": f"resources/download/{row['slice']}/files.json"}
-    places = [*row["url"].split(), *filter(None, [row["labels"]])]
-    return {"files": [file for place in places for file in files_at(place)]}
+    labels = files_at(row["labels"]) if row["labels"] and "://" not in row["labels"] else []
+    if row["source"] == "file":
+        return {"files": [file for place in row["url"].split() for file in files_at(place)] + labels}
+    listing = {"listing": f"resources/download/{row['slice']}/files.json"}
+    return listing | {"files": labels} if labels else listing

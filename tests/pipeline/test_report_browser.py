@@ -12,12 +12,14 @@ import pytest
 
 from tests import finished
 from tests.conftest import ROOT
+from workflow.report import command
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.browser]
 
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 LOCAL = ("file:", "data:", "blob:")
+CONTAMINATED = "The scores of stpatch are not those of unseen tissue"
 CATEGORIES = ["1 Slices", "2 Windows", "3 Pretraining", "4 Scores", "5 Maps"]
 
 
@@ -28,14 +30,14 @@ def built_tiny(tmp_path_factory) -> Path:
     finished.make(directory / "results")
     (directory / "made").mkdir()
     (directory / "results/curate/admitted.tsv").rename(directory / "made/admitted.tsv")
-    (directory / "Snakefile").write_text(finished.SNAKEFILE.format(root=str(ROOT)))
+    (directory / "Snakefile").write_text(finished.SNAKEFILE.format(root=str(ROOT), source="simulated"))
     # A config that only the command line knows must reach the nested call.
     (directory / "over.yaml").write_text("evaluate: {splits: 2, protocols: [random20, leave_section, blocks]}\n")
     (directory / "more.yaml").write_text("allow_contamination: true\n")
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--directory", str(directory)]
-    command += ["--snakefile", str(directory / "Snakefile"), "--configfile", "over.yaml", "more.yaml"]
+    call = [sys.executable, "-m", "snakemake", "--cores", "2", "--directory", str(directory)]
+    call += ["--snakefile", str(directory / "Snakefile"), "--configfile", "over.yaml", "more.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    done = subprocess.run(call, cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     return directory
 
@@ -124,11 +126,34 @@ def test_the_config_of_the_run_reaches_the_report_and_contamination_is_said_in_r
     danger = page.locator(".danger").first
     assert "allow_contamination is on" in danger.inner_text()
     assert danger.evaluate("element => getComputedStyle(element).backgroundColor") == "rgb(204, 51, 17)"
+    assert CONTAMINATED in danger.inner_text()
+    assert CONTAMINATED in (built_tiny / "results/report.html").read_text()
+    page.close()
+
+
+def test_the_start_page_says_in_yellow_that_slices_are_simulated(opened):
+    said = opened.locator(".simulated").first
+    assert "Slices of this run are simulated" in said.inner_text()
+    assert said.evaluate("element => getComputedStyle(element).backgroundColor") == "rgb(255, 243, 196)"
+
+
+def test_a_report_of_real_uncontaminated_slices_has_neither_box(browser, built_tiny):
+    (built_tiny / "real.smk").write_text(finished.SNAKEFILE.format(root=str(ROOT), source="file"))
+    figures = [str(path.relative_to(built_tiny)) for path in sorted((built_tiny / "results/report").rglob("*.*"))]
+    call = command("real.smk", "over.yaml", figures, "real.html")
+    done = subprocess.run(call, cwd=built_tiny, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    page = browser.new_page()
+    page.goto((built_tiny / "real.html").as_uri())
+    page.wait_for_selector("text=Workflow")
+    assert "cut from slices on compacted grids" in page.inner_text("body")
+    assert page.locator(".danger").count() == page.locator(".simulated").count() == 0
+    assert CONTAMINATED not in (built_tiny / "real.html").read_text()
     page.close()
 
 
 def test_a_second_run_has_nothing_to_do(built_tiny):
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--directory", str(built_tiny)]
-    command += ["--snakefile", str(built_tiny / "Snakefile"), "--configfile", "over.yaml", "more.yaml"]
-    done = subprocess.run(command, cwd=built_tiny, capture_output=True, text=True)
+    call = [sys.executable, "-m", "snakemake", "--dry-run", "--directory", str(built_tiny)]
+    call += ["--snakefile", str(built_tiny / "Snakefile"), "--configfile", "over.yaml", "more.yaml"]
+    done = subprocess.run(call, cwd=built_tiny, capture_output=True, text=True)
     assert "Nothing to be done" in done.stdout + done.stderr

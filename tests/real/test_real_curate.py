@@ -14,8 +14,11 @@ from scipy.spatial import cKDTree
 from tests.conftest import ROOT
 from workflow.curate import curate
 from workflow.errors import MissingPositions, PositionsMismatch, UnknownFormat, WrongOrganism
+from workflow.grid import make_grid
 from workflow.keys import Keys
-from workflow.lattice import infer_lattice, plane
+from workflow.lattice import infer_lattice, known_lattice, plane
+from workflow.readers import read_deposit
+from workflow.sources import files_at
 
 pytestmark = pytest.mark.real
 
@@ -56,6 +59,40 @@ def keeps_neighbours_without_array_coordinates(adata):
     assert found.residual < 0.1
     sites = adata.obs[[Keys.ARRAY_ROW, Keys.ARRAY_COL]].to_numpy().T
     return neighbours(found.kind, found.row, found.col) == neighbours(found.kind, *sites)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [f"visium/{name}.h5ad" for name in VISIUM if name != "dlpfc_Br8325_ant_5000genes"]  # has no scale factors
+    + ["spaceranger/cytassist_mouse_placenta", "layouts/visium_scanpy_fixture/1.0.0"],
+)
+def test_the_spot_diameter_tells_the_scale_of_the_lattice_to_a_tenth(place, real_data):
+    deposit = read_deposit("x", files_at(real_data / place))
+    covered = deposit.in_tissue
+    lattice = known_lattice(*deposit.array[covered].T, deposit.pixels[covered])
+    assert deposit.um_per_px == pytest.approx(100 / lattice.pitch_px, rel=0.1)
+    assert lattice.residual < 0.02
+
+
+def test_a_real_slice_stripped_of_its_lattice_is_binned_to_its_true_size(real_data, tmp_path):
+    """Half a pitch of noise leaves no lattice; bins of 200 um then hold about 4.6 spots of a staggered lattice each."""
+    adata = anndata.read_h5ad(real_data / "visium" / "human_lymph_node_10x.h5ad")
+    adata.obsm["spatial"] = adata.obsm["spatial"] + np.random.default_rng(0).normal(0, 69, adata.obsm["spatial"].shape)
+    del adata.obs["array_row"], adata.obs["array_col"]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    curated = curate(row("l", tmp_path / "a.h5ad"), GENE_TABLES)
+    assert curated.uns[Keys.STPATCH]["lattice"]["kind"] == "none"
+    grid = make_grid(curated, "auto", 200.0)
+    assert (grid.layout, grid.pitch_um) == ("bin", 200.0)
+    assert 3.9 < np.median(np.bincount(grid.cell)[grid.mask.ravel()]) < 5.3  # 200^2 / (100^2 sqrt(3) / 2) = 4.6
+
+
+@pytest.mark.parametrize("section", HER2ST)
+def test_legacy_pixels_agree_with_their_array(section, real_data):
+    lattice = curate(her2st(real_data, section), GENE_TABLES).uns[Keys.STPATCH]["lattice"]
+    assert (lattice["kind"], lattice["pitch_um"]) == ("square", 200.0)
+    assert lattice["residual"] < 0.09
+    assert 0.6 < lattice["um_per_px"] < 1.0
 
 
 @pytest.mark.parametrize("name", VISIUM)

@@ -26,7 +26,7 @@ TARGET_SUM = 10000.0
 
 
 class Tissue:
-    """Simulated slices that share gene programmes: ``counts`` [n_genes, H, W], ``totals`` [H, W], ``spot`` [H, W]."""
+    """Simulated slices that share gene programmes: ``counts`` [n_genes, H, W], ``totals`` [H, W], ``cell`` [n_spots]."""
 
     def __init__(self, n_genes: int = 60, rank: int = 3, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
@@ -43,9 +43,8 @@ class Tissue:
         counts = rng.poisson(rate).astype(np.uint16)
         observed = rng.random((H, W)) >= holes
         counts[:, ~observed] = 0
-        spot = np.full((H, W), -1, np.int32)
-        spot[observed] = rng.permutation(observed.sum())  # rows of the curated slice come in any order
-        return counts, counts.sum(0).astype(np.float32), spot
+        cell = rng.permutation(np.flatnonzero(observed)).astype(np.int32)  # spots come in any order
+        return counts, counts.sum(0).astype(np.float32), cell
 
 
 def blosc(array: np.ndarray, codec: Blosc = BLOSC) -> bytes:
@@ -107,7 +106,13 @@ def write_split(
             genes = np.sort(rng.choice(n_genes, m, replace=False))
             name = f"{split}{s}"
             facts = {"slice": name, "window": int(window), "y": y, "x": x, "h": h, "w": w, "m": m}
-            facts |= {"array_row": y, "array_col": x, "pitch_um": 100, "layout": "offset"}
+            facts |= {
+                "array_row": y,
+                "array_col": x,
+                "array_rows": [*range(y, y + h)],
+                "array_cols": [*range(x, x + w)],
+            }
+            facts |= {"pitch_um": 100.0, "layout": "offset"}
             key = f"{name}_{window:06d}"
             members += [
                 (f"{key}.counts.blosc", blosc(counts[genes][(slice(None), *crop)])),
@@ -126,13 +131,14 @@ def write_split(
     np.save(folder / "samples.npy", np.array(rows, dtype=SAMPLE))
     (folder / "genes.tsv").write_bytes(genes_tsv)
     index = {
-        "format_version": 1, "split": split, "m": m, "h": h, "w": w, "codec": "lz4", "layout": "offset",
-        "selection": "random", "epsilon": 1e-6, "min_observed": min_observed, "target_sum": TARGET_SUM, "seed": seed,
+        "format_version": 1, "split": split, "m": m, "h": h, "w": w, "codec": "lz4", "layout": "auto",
+        "pitch_um": 100, "allow_contamination": False, "selection": "random", "epsilon": 1e-6, "min_observed": min_observed, "target_sum": TARGET_SUM, "seed": seed,
         "n_samples": len(rows), "simulated": True, "config_sha256": "", "catalogue_sha256": "",
         "genes": {"file": "genes.tsv", "n": n_genes, "sha256": sha256(genes_tsv)},
         "samples": {"file": "samples.npy", "sha256": sha256((folder / "samples.npy").read_bytes())},
         "slices": [
-            {"slice": f"{split}{s}", "source": "simulated", "organism": "human", "donor": f"d{s}", "n_windows": n_windows}
+            {"slice": f"{split}{s}", "source": "simulated", "organism": "human", "donor": f"d{s}", "layout": "offset",
+             "pitch_um": 100.0, "n_windows": n_windows}
             for s in range(len(slices))
         ],
         "shards": shards,
@@ -142,20 +148,21 @@ def write_split(
 
 
 def write_whole(
-    file: Path, counts: np.ndarray, totals: np.ndarray, spot: np.ndarray, genes_tsv: bytes, genes=None
+    file: Path, counts: np.ndarray, totals: np.ndarray, cell: np.ndarray, genes_tsv: bytes, genes=None, **more
 ) -> Path:
-    """A whole slice; ``genes`` names the rows of the vocabulary that it measured (default: all)."""
+    """A whole slice; ``genes`` names the rows of the vocabulary that it measured (default: all), ``more`` other facts."""
     genes = np.arange(len(counts)) if genes is None else genes
     name, (m, h, w) = file.stem, counts.shape
     facts = {"slice": name, "window": 0, "y": 0, "x": 0, "h": h, "w": w, "m": m, "array_row": 0, "array_col": 0}
-    facts |= {"pitch_um": 100, "layout": "offset", "genes_sha256": sha256(genes_tsv), "target_sum": TARGET_SUM}
-    facts |= {"format_version": 1, "simulated": True}
+    facts |= {"array_rows": [*range(h)], "array_cols": [*range(w)], "pitch_um": 100.0, "layout": "offset"}
+    facts |= {"genes_sha256": sha256(genes_tsv), "target_sum": TARGET_SUM, "format_version": 1, "simulated": True}
+    facts |= more
     file.parent.mkdir(parents=True, exist_ok=True)
     members = [
         (f"{name}.counts.blosc", blosc(counts)),
         (f"{name}.sites.blosc", sites(genes, totals)),
         (f"{name}.json", json.dumps(facts).encode()),
-        (f"{name}.spot.blosc", blosc(spot, BLOSC4)),
+        (f"{name}.cell.blosc", blosc(cell, BLOSC4)),
     ]
     write_tar(file, members)
     return file

@@ -27,6 +27,7 @@ DRAW = {"n": 10, "m": 16, "selection": "weighted", "epsilon": 1e-6, "min_observe
 SETTINGS = {
     "layout": "auto", "pitch_um": 100, "window": [6, 5], "genes": 16, "windows_per_slice": 10, "selection": "weighted",
     "epsilon": 1e-6, "min_observed": 0.5, "target_sum": 10000, "codec": "zstd", "shard_mb": 0.02, "seed": 0,
+    "allow_contamination": False,
 }  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning:webdataset")
@@ -117,9 +118,11 @@ def test_stock_webdataset_and_the_trainer_read_the_same(built):
     assert n == len(reader)
 
 
-def test_the_trainer_reads_a_whole_slice(built, grids, tmp_path):
+@pytest.mark.parametrize(("layout", "pitch_um"), [("auto", 100), ("bin", 180)])
+def test_the_trainer_reads_a_whole_slice(built, tmp_path, capsys, layout, pitch_um):
     vocabulary = Vocabulary.read(built / "genes.tsv")
-    grid = grids["two"]
+    grid = make_grid(tiny_slice(seed=1, n_genes=60, gene_offset=10, name="two"), layout, pitch_um)
+    assert (grid.n_merged > 0) == (layout == "bin")
     content = whole_slice(
         grid, vocabulary.gene_ids, genes_sha256=vocabulary.sha256, target_sum=10000, codec_name="lz4", simulated=True
     )
@@ -130,7 +133,10 @@ def test_the_trainer_reads_a_whole_slice(built, grids, tmp_path):
     in_order = np.argsort(grid.gene_ids)
     np.testing.assert_array_equal(whole.counts, grid.counts[:, :, in_order].transpose(2, 0, 1))
     np.testing.assert_array_equal(whole.totals, grid.total_counts)
-    np.testing.assert_array_equal(whole.spot, grid.spot)
+    np.testing.assert_array_equal(whole.cell, grid.cell)
+    assert len(whole.cell) == grid.n_spots
+    embed.warn_if_unfamiliar({"data": Shards(built / "train").facts()}, whole, tmp_path / "two.tar")
+    assert ("layout bin at 180 um" in capsys.readouterr().err) == (layout == "bin")  # both files tell it alike
     assert whole.facts["simulated"] is True
     assert json.dumps(whole.facts)
 

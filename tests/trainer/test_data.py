@@ -141,6 +141,25 @@ def test_an_unknown_version_is_refused(copy):
         Shards(copy)
 
 
+@pytest.mark.parametrize("key", ["allow_contamination", "pitch_um"])
+def test_an_index_that_lacks_a_fact_is_refused(copy, key):
+    index = json.loads((copy / "index.json").read_text())
+    del index[key]
+    (copy / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DamagedShards, match=f"index.json: found no .'{key}'.; expected a complete index"):
+        Shards(copy)
+    del index["slices"][2]["layout"]
+    (copy / "index.json").write_text(json.dumps(index | {key: 0}))
+    with pytest.raises(DamagedShards, match="found no .'slices: layout'."):
+        Shards(copy)
+
+
+def test_the_facts_tell_layout_and_pitch_of_every_slice(shards):
+    facts = Shards(shards / "train").facts()
+    assert (facts["layout"], facts["pitch_um"], facts["allow_contamination"]) == ("auto", 100, False)
+    assert [(row["layout"], row["pitch_um"]) for row in facts["slices"]] == [("offset", 100.0)] * 4
+
+
 def test_an_index_that_promises_more_samples_is_refused(copy):
     rewrite_index(copy, n_samples=161)
     with pytest.raises(DamagedShards, match="samples.npy: found 160 samples.*expected 161"):

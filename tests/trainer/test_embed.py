@@ -37,18 +37,18 @@ def slices(tmp_path_factory, tissue, genes_tsv):
         ("small", (4, 3), None),
         ("half", (13, 11), np.arange(0, 60, 2)),
     ):
-        counts, totals, spot = tissue.slice(H, W, seed=20 + len(made))
+        counts, totals, cell = tissue.slice(H, W, seed=20 + len(made))
         kept = np.arange(60) if genes is None else genes
-        file = corpus.write_whole(folder / f"{name}.tar", counts[kept], totals, spot, genes_tsv, kept)
-        made[name] = (file, counts[kept], totals, spot, kept)
+        file = corpus.write_whole(folder / f"{name}.tar", counts[kept], totals, cell, genes_tsv, kept)
+        made[name] = (file, counts[kept], totals, cell, kept)
     return made
 
 
 @pytest.mark.parametrize("name", ["usual", "small", "half"])
-def test_every_observed_spot_is_embedded_once(model_folder, slices, tmp_path, name):
-    file, _, _, spot, _ = slices[name]
+def test_every_spot_is_embedded_once(model_folder, slices, tmp_path, name):
+    file, _, _, cell, _ = slices[name]
     X, rows, metadata = read(run(model_folder, tmp_path / "x.safetensors", file))
-    assert rows.tolist() == list(range((spot >= 0).sum()))
+    assert rows.tolist() == list(range(len(cell)))
     assert rows.dtype == np.int32
     assert X.shape == (len(rows), 32)
     assert X.dtype == np.float32
@@ -65,7 +65,7 @@ def test_the_same_slice_gives_the_same_bytes(model_folder, slices, tmp_path):
 
 def test_an_embedding_is_the_mean_over_the_windows_that_cover_the_spot(model_folder, slices, tmp_path):
     """Against a plain transcription of the rule, one window at a time."""
-    file, counts, totals, spot, genes = slices["half"]
+    file, counts, totals, cell, genes = slices["half"]
     model, _, _ = load(model_folder)
     seen = totals > 0
     values = np.log1p(counts * np.divide(1e4, totals, out=np.zeros_like(totals), where=seen))
@@ -82,10 +82,52 @@ def test_an_embedding_is_the_mean_over_the_windows_that_cover_the_spot(model_fol
                 )
             sums[y : y + 6, x : x + 5] += features.view(6, 5, 32).numpy()
             number[y : y + 6, x : x + 5] += 1
-    X, rows, _ = read(run(model_folder, tmp_path / "x.safetensors", file))
-    where = np.argwhere(spot >= 0)
-    for (y, x), row in zip(where, spot[spot >= 0], strict=True):
-        assert np.allclose(X[rows == row][0], sums[y, x] / number[y, x], atol=1e-5)
+    X, _, _ = read(run(model_folder, tmp_path / "x.safetensors", file))
+    np.testing.assert_allclose(X, (sums / number).reshape(-1, 32)[cell], atol=1e-5)
+
+
+def test_spots_that_share_a_cell_share_its_vector(model_folder, slices, genes_tsv, tmp_path):
+    """As layout `bin` puts them: three more spots in cells that have one already, at either end of the slice's order."""
+    file, counts, totals, cell, _ = slices["usual"]
+    merged = np.concatenate([cell[[7]], cell, cell[[7, 0]]])
+    again = corpus.write_whole(tmp_path / "merged.tar", counts, totals, merged, genes_tsv)
+    alone, _, _ = read(run(model_folder, tmp_path / "alone.safetensors", file))
+    X, rows, _ = read(run(model_folder, tmp_path / "merged.safetensors", again))
+    assert rows.tolist() == list(range(len(cell) + 3))
+    assert np.array_equal(X, np.concatenate([alone[[7]], alone, alone[[7, 0]]]))
+
+
+@pytest.mark.parametrize("wrong", [-1, 20 * 24])
+def test_a_cell_outside_the_grid_is_refused(slices, genes_tsv, tmp_path, wrong):
+    _, counts, totals, cell, _ = slices["usual"]
+    file = corpus.write_whole(tmp_path / "out.tar", counts, totals, np.append(cell, np.int32(wrong)), genes_tsv)
+    with pytest.raises(DamagedShards, match=f"out.tar: found cells .*{wrong}.*; expected cells of a grid of 20 x 24"):
+        embed.WholeSlice.read(file)
+
+
+@pytest.mark.parametrize(
+    ("cell", "problem"),
+    [(np.zeros(7, np.uint8), "of 7 bytes .*expected a multiple of 4 bytes"), (np.zeros(0, np.int32), "not decode")],
+)
+def test_cells_that_are_no_numbers_are_refused(slices, genes_tsv, tmp_path, cell, problem):
+    _, counts, totals, _, _ = slices["usual"]
+    file = corpus.write_whole(tmp_path / "odd.tar", counts, totals, cell, genes_tsv)
+    with pytest.raises(DamagedShards, match=f"odd.tar, cell: found a Blosc buffer .*{problem}"):
+        embed.WholeSlice.read(file)
+
+
+def test_a_layout_or_pitch_that_the_model_was_not_trained_on_is_told_once(
+    model_folder, slices, genes_tsv, tmp_path, capsys
+):
+    file, counts, totals, cell, _ = slices["small"]
+    run(model_folder, tmp_path / "x.safetensors", file)
+    assert capsys.readouterr().err == ""
+    for facts, mine in (({"layout": "bin"}, "bin at 100 um"), ({"pitch_um": 200.0}, "offset at 200 um")):
+        other = corpus.write_whole(tmp_path / "other.tar", counts, totals, cell, genes_tsv, **facts)
+        run(model_folder, tmp_path / "x.safetensors", other)
+        assert capsys.readouterr().err == (
+            f"warning: {other}: layout {mine}, but the model was trained on layout offset at 100 um\n"
+        )
 
 
 def test_the_most_variable_genes_are_chosen(slices):
@@ -111,10 +153,10 @@ def test_windows_reach_the_border_and_leave_no_cell_out():
 
 
 def test_a_spot_without_a_single_count_is_embedded_too(model_folder, tissue, genes_tsv, tmp_path):
-    counts, totals, spot = tissue.slice(12, 12, seed=5, holes=0)
+    counts, totals, cell = tissue.slice(12, 12, seed=5, holes=0)
     counts[:, 3, 4], totals[3, 4] = 0, 0
     counts[:, 6:, 5:], totals[6:, 5:] = 0, 0  # whole windows of them
-    file = corpus.write_whole(tmp_path / "s.tar", counts, totals, spot, genes_tsv)
+    file = corpus.write_whole(tmp_path / "s.tar", counts, totals, cell, genes_tsv)
     X, rows, _ = read(run(model_folder, tmp_path / "x.safetensors", file))
     assert rows.tolist() == list(range(144))
     assert np.isfinite(X).all()
@@ -152,13 +194,13 @@ def test_stride_and_genes_can_be_set(model_folder, slices, tmp_path):
 def test_a_slice_of_another_vocabulary_or_normalisation_is_refused(
     model_folder, slices, genes_tsv, tmp_path, monkeypatch
 ):
-    _, counts, totals, spot, _ = slices["usual"]
-    file = corpus.write_whole(tmp_path / "other.tar", counts, totals, spot, genes_tsv + b"#")
+    _, counts, totals, cell, _ = slices["usual"]
+    file = corpus.write_whole(tmp_path / "other.tar", counts, totals, cell, genes_tsv + b"#")
     config = json.loads((model_folder / "config.json").read_text())
     with pytest.raises(VocabularyMismatch, match="other.tar: found genes_sha256 .*Next step"):
         embed.read_for(config, file)
     monkeypatch.setattr(corpus, "TARGET_SUM", 1e6)
-    file = corpus.write_whole(tmp_path / "scaled.tar", counts, totals, spot, genes_tsv)
+    file = corpus.write_whole(tmp_path / "scaled.tar", counts, totals, cell, genes_tsv)
     with pytest.raises(VocabularyMismatch, match="scaled.tar: found target_sum 1000000.0; expected 10000.0"):
         embed.read_for(config, file)
 

@@ -225,6 +225,22 @@ class TestMasks:
     def mask(self, positions=positions, genes=genes, seed=0, epoch=0, ratio=0.3):
         return masks.entry_mask(seed, epoch, positions, 36, genes, ratio)
 
+    @pytest.mark.parametrize(
+        ("seed", "epoch", "rows"),
+        [
+            (0, 0, (0xFA21, 0xCB29)),
+            (7, 3, (0xA10A, 0xB70C)),
+            (2**40 + 5, masks.VALIDATION, (0x5615, 0x40F1)),
+            (2**63 - 1, 12, (0x09D9, 0x04C9)),
+        ],
+    )
+    def test_they_are_those_of_earlier_versions(self, seed, epoch, rows):
+        """Models could not be compared across versions otherwise."""
+        genes = torch.tensor([[0, 1, 5, 70000], [2, 3, 4, 59]], dtype=torch.int32)
+        mask = masks.entry_mask(seed, epoch, torch.tensor([0, 123456]), 4, genes, 0.3)
+        found = [int("".join(str(int(entry)) for entry in sample.flatten()), 2) for sample in mask]
+        assert tuple(found) == rows
+
     def test_they_are_the_same_however_the_epoch_is_cut_into_batches(self):
         whole = self.mask()
         for cut in (1, 7, 39):

@@ -10,15 +10,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import ROOT
 from tests.trainer import corpus
 from tests.trainer.conftest import SMALL
 from trainer import config, pretrain
-from trainer.errors import ConfigError, NonFiniteLoss
+from trainer.card import model_card
+from trainer.data import Shards
+from trainer.errors import ConfigError
 from trainer.files import as_safetensors
-from trainer.model import ModelConfig, load
+from trainer.model import ModelConfig, build, load
 from trainer.pretrain import TrainConfig, learning_rate
+from trainer.progress import Progress
 
 SETTINGS = (ModelConfig, TrainConfig)
 
@@ -45,6 +49,7 @@ def test_a_short_run_predicts_held_out_windows_better_than_the_gene_means(model_
     assert first["masked_mse"] == pytest.approx(first["gene_mean_mse"], rel=1e-6)
     assert last["gene_mean_mse"] == first["gene_mean_mse"]  # the same windows, the same masks
     assert last["masked_mse"] < 0.8 * last["gene_mean_mse"]
+    assert last["n_windows"] == 40
 
 
 def test_the_model_folder_is_complete(model_folder, shards):
@@ -69,12 +74,30 @@ def test_the_card_says_simulated_and_gives_both_figures(model_folder):
     assert f"| model | {last['masked_mse']:.5f} |" in card
     assert f"| each gene's training mean | {last['gene_mean_mse']:.5f} |" in card
     assert "below the gene means" in card
+    assert "over 40 of 40 held-out windows" in card
+    assert "| train0 | simulated | human | d0 | offset | 100 | 40 | training |" in card
+    assert "| val0 | simulated | human | d0 | offset | 100 | 40 | held out |" in card
+    assert "may be among" not in card
     assert "{" not in card
+
+
+def test_the_card_says_of_how_many_windows_the_figures_are(shards, tmp_path):
+    pretrain_in(tmp_path, shards, "--steps", 1, "--val-samples", 10)
+    assert "over 10 of 40 held-out windows" in (tmp_path / "README.md").read_text()
+    assert [line["n_windows"] for line in lines(tmp_path, "val")] == [10, 10]
+
+
+def test_the_card_says_that_evaluation_slices_may_be_among_the_training_slices(model_folder):
+    facts = json.loads((model_folder / "config.json").read_text())
+    facts["data"]["allow_contamination"] = True
+    card = model_card(facts, {}, 1)
+    assert "simulated data" in card
+    assert "**Evaluation slices may be among the training slices (`allow_contamination`)" in card
 
 
 def test_the_metrics_follow_the_format(model_folder):
     train = lines(model_folder, "train")
-    assert [line["step"] for line in train] == [50, 100, 150, 200, 250]
+    assert [line["step"] for line in train] == [1, 50, 100, 150, 200, 250]
     keys = ["kind", "step", "samples", "epoch", "loss", "lr", "patches_per_s", "seconds"]
     assert all(list(line) == keys for line in train)
     assert train[-1]["samples"] == 250 * 16  # 160 windows make 10 full batches
@@ -96,9 +119,96 @@ def test_the_progress_line_gives_loss_speed_and_time_left(shards, tmp_path, caps
     pretrain_in(tmp_path, shards, "--steps", 4, "--log-every", 2)
     out = capsys.readouterr().out
     assert "160 windows of 6 x 5 x 24 (simulated data), 40 held out" in out
+    assert "before training: held-out " in out
+    assert [line.split("  ")[0] for line in out.splitlines()[2:-1]] == ["step 1/4", "step 2/4", "step 4/4"]
     assert "step 4/4  epoch 0.80  loss " in out
     assert "(gene mean " in out
     assert " patches/s  0:00 left" in out
+
+
+def test_an_interrupted_run_goes_on_with_its_lines_and_a_clock_of_its_own(tmp_path, capsys, monkeypatch):
+    clock = iter([100.0, 104.0])
+    monkeypatch.setattr("trainer.progress.time.perf_counter", lambda: next(clock))
+    earlier = [
+        {"kind": "train", "step": 10, "samples": 80, "loss": 0.5},
+        {"kind": "val", "step": 10, "samples": 80, "masked_mse": 0.4, "gene_mean_mse": 0.6, "n_windows": 3},
+    ]
+    with Progress(tmp_path / "metrics.jsonl", steps=40, n_samples=100, step=10, samples=80, lines=earlier) as progress:
+        assert progress.scores == {"masked_mse": 0.4, "gene_mean_mse": 0.6, "n_windows": 3}
+        progress.trained(20, 160, 0.3, 1e-4)
+    *first, last = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first == earlier
+    assert (last["patches_per_s"], last["seconds"], last["epoch"]) == (20, 4, 1.6)
+    assert capsys.readouterr().out == (
+        "step 20/40  epoch 1.60  loss 0.3000  held-out 0.4000 (gene mean 0.6000)  lr 1.00e-04  20 patches/s  0:08 left\n"
+    )
+
+
+def test_neither_the_first_validation_nor_the_first_step_counts_for_the_time_left(tmp_path, capsys, monkeypatch):
+    clock = iter([0.0, 0.0, 60.0, 65.0, 67.0])  # opened; a minute of validation; steps 1 and 2
+    monkeypatch.setattr("trainer.progress.time.perf_counter", lambda: next(clock))
+    with Progress(tmp_path / "metrics.jsonl", steps=11, n_samples=100) as progress:
+        progress.validated(0, 0, lambda: {"masked_mse": 0.4, "gene_mean_mse": 0.6, "n_windows": 3})
+        progress.trained(1, 8, 0.3, 1e-4)
+        progress.trained(2, 16, 0.3, 1e-4)
+    before, first, second = capsys.readouterr().out.splitlines()
+    assert before == "before training: held-out 0.4000 (gene mean 0.6000)"
+    assert first.endswith("  first step 5.0 s")
+    assert second.endswith("  4 patches/s  0:18 left")
+
+
+def test_the_loop_goes_on_from_the_step_and_samples_it_is_given(shards, tmp_path):
+    """With model and optimizer as they were, five steps and seven more are twelve."""
+    reader, cfg = Shards(shards / "train"), TrainConfig(steps=12, batch_size=48, log_every=1, lr=1e-3)
+    facts = {"n_genes": 60, "m": 24, "h": 6, "w": 5, "width": 16, "depth": 1, "heads": 2, "decoder_depth": 0}
+
+    def fresh():
+        model = build(ModelConfig(**facts), reader.vocabulary.mean, 0)
+        return model, pretrain.make_optimizer(model, cfg)
+
+    whole, optimizer = fresh()
+    with Progress(tmp_path / "whole.jsonl", 12, len(reader)) as progress:
+        pretrain.train(whole, optimizer, reader, None, cfg, progress)
+    model, optimizer = fresh()
+    state = {}
+
+    class Interrupt(Exception):
+        pass
+
+    class Interrupted(Progress):
+        def trained(self, step, samples, *rest):
+            super().trained(step, samples, *rest)
+            if step == 5:
+                state.update(step=step, consumed=samples)
+                raise Interrupt
+
+    with pytest.raises(Interrupt), Interrupted(tmp_path / "part.jsonl", 12, len(reader)) as progress:
+        pretrain.train(model, optimizer, reader, None, cfg, progress)
+    assert state == {"step": 5, "consumed": 48 * 3 + 16 + 48}  # an epoch has 160 windows
+    with Progress(tmp_path / "rest.jsonl", 12, len(reader), step=5, samples=state["consumed"]) as progress:
+        pretrain.train(model, optimizer, reader, None, cfg, progress, **state)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    rest = [json.loads(line)["step"] for line in (tmp_path / "rest.jsonl").read_text().splitlines()]
+    assert rest == [6, 7, 8, 9, 10, 11, 12]
+
+
+def test_a_step_asks_the_device_for_no_number(shards, tmp_path):
+    """Else the host would wait for a GPU at every step. (SGD, since Adam counts its steps on the host.)"""
+    reader = Shards(shards / "train")
+    facts = {"n_genes": 60, "m": 24, "h": 6, "w": 5, "width": 16, "depth": 1, "heads": 2, "decoder_depth": 1}
+    asked = {}
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            asked[steps] += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return function(*args, **(kwargs or {}))
+
+    for steps in (3, 9):
+        asked[steps], cfg = 0, TrainConfig(steps=steps, batch_size=8, log_every=100)
+        model = build(ModelConfig(**facts), reader.vocabulary.mean, 0)
+        with Progress(tmp_path / "metrics.jsonl", steps, len(reader)) as progress, Asked():
+            pretrain.train(model, torch.optim.SGD(model.parameters(), 0.0), reader, None, cfg, progress)
+    assert asked[3] == asked[9] > 0
 
 
 def test_epochs_count_where_no_steps_are_given(shards, tmp_path):
@@ -120,7 +230,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     ("text", "message"),
     [
         ("bach_size: 32", "unknown key 'bach_size'.*did you mean 'batch_size'"),
-        ("unit: spot", "unknown key 'unit'"),
+        ("steps: .inf", "key 'steps': found inf; expected a whole number"),
         ("steps: 1.5", "key 'steps': found 1.5; expected a whole number"),
         ("steps: true", "key 'steps': found True; expected a whole number"),
         ("lr: fast", "key 'lr': found 'fast'; expected a number"),
@@ -138,11 +248,22 @@ def test_a_wrong_setting_is_refused_and_named(tmp_path, text, message):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"mask_ratio": 1.0}, {"batch_size": 0}, {"optimizer": "sgd"}, {"lr": -1.0}, {"lr": math.nan}, {"workers": 0}],
-)
+    [
+        {"mask_ratio": 1.0}, {"batch_size": 0}, {"optimizer": "sgd"}, {"lr": -1.0}, {"lr": math.nan}, {"workers": 0},
+        {"beta1": 1.0}, {"beta2": -0.1}, {"beta2": math.nan}, {"epochs": math.inf}, {"epochs": math.nan},
+        {"seed": 2**63}, {"seed": -1},
+    ],
+)  # fmt: skip
 def test_a_setting_out_of_range_is_refused(wrong):
-    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} .*; expected"):
+    name = next(iter(wrong))
+    flag = name.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"found {name} .*; expected .*change --{flag}, or `{name}` in the config"):
         TrainConfig(**wrong)
+
+
+def test_the_greatest_seed_works(shards, tmp_path):
+    pretrain_in(tmp_path, shards, "--steps", 1, "--seed", 2**63 - 1)
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_an_error_ends_the_command_with_one_readable_line(shards, tmp_path):
@@ -178,12 +299,30 @@ def test_the_learning_rate_warms_up_and_falls_along_half_a_cosine():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_model(shards, tmp_path):
-    with pytest.raises(
-        SystemExit, match="loss .*at step [0-9]+, learning rate 9.97e.29.*expected finite numbers.*--clip"
-    ):
+    message = r"not finite in steps 2 to 20 \(samples 33 to 640\), learning rate .*e.29; expected finite .*--clip"
+    with pytest.raises(SystemExit, match=message):
         pretrain_in(tmp_path, shards, "--steps", 30, "--lr", 1e30)
+    assert [line["step"] for line in lines(tmp_path, "train")] == [1]
     assert not (tmp_path / "model.safetensors").exists()
-    assert issubclass(NonFiniteLoss, ValueError)
+
+
+@pytest.mark.parametrize("flags", [(), ("--val-every", 4), ("--log-every", 4)])
+def test_one_gradient_that_is_not_finite_is_noticed_before_anything_is_told(shards, tmp_path, monkeypatch, flags):
+    """Also where the loss itself, and all that follows, is finite."""
+    norms = iter([1.0, 1.0, math.inf] + 10 * [1.0])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    steps = "2 to 4" if flags else "2 to 7"
+    with pytest.raises(SystemExit, match=f"not finite in steps {steps}"):
+        pretrain_in(tmp_path, shards, "--steps", 7, *flags)
+    assert [line["step"] for line in lines(tmp_path, "val")] == [0]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_the_last_step_made_infinite_are_not_written(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "train", lambda model, *_: model.narrow.weight.data.fill_(math.inf))
+    with pytest.raises(SystemExit, match="weights that are not finite after step 3"):
+        pretrain_in(tmp_path, shards, "--steps", 3)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_rerun_that_fails_leaves_no_older_model_behind(shards, tmp_path):
@@ -194,12 +333,16 @@ def test_a_rerun_that_fails_leaves_no_older_model_behind(shards, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_only_matrices_decay(shards):
-    model, _ = torch.nn.Linear(3, 4), None
-    model.gene_embedding = torch.nn.Embedding(5, 3)
+def test_only_the_matrices_of_layers_decay(model_folder):
+    model, _, _ = load(model_folder)
     decayed, rest = pretrain.make_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
-    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3)]
-    assert sorted(tuple(p.shape) for p in rest["params"]) == [(4,), (5, 3)]
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [{names[id(p)] for p in group["params"]} for group in (decayed, rest)]
+    layers = [f"{part}.0.{layer}" for part in ("encoder", "decoder")
+              for layer in ("query_key_value", "project", "feed_forward.0", "feed_forward.2")]  # fmt: skip
+    assert found[0] == {f"{name}.weight" for name in (*layers, "narrow", "widen")}
+    assert found[1] == set(names.values()) - found[0]
+    assert {"gene_embedding.weight", "gene_bias.weight", "encoder_norm.weight", "narrow.bias"} < found[1]
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0)
 
 
@@ -267,5 +410,3 @@ def test_every_knob_has_a_flag_and_a_line_of_help(capsys):
         for field in dataclasses.fields(cls):
             if field.default is not dataclasses.MISSING:
                 assert f"--{field.name.replace('_', '-')} X" in text
-    assert "--unit" not in text
-    assert "--resume" not in text

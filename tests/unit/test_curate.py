@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 from tests.unit.simulated import GENE_TABLES, row, small_slice
 from workflow.curate import curate, located, rejected, write_slice
-from workflow.deposits import WRITERS, domain_names, mex, positions, write_deposit
+from workflow.deposits import PITCH_PX, WRITERS, domain_names, mex, positions, write_deposit
 from workflow.errors import (
     BadLabels,
     CountOverflow,
@@ -22,15 +22,18 @@ from workflow.errors import (
     MissingFile,
     MissingPositions,
     MultipleSections,
+    NoLattice,
     NotCounts,
+    PositionsMismatch,
     SliceError,
     UnknownGenes,
     WrongOrganism,
 )
+from workflow.grid import make_grid
 from workflow.keys import Keys
 from workflow.lattice import plane
 from workflow.simulate import write_slice as simulate_to
-from workflow.sources import curate_inputs
+from workflow.sources import curate_inputs, files_at
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,8 @@ def test_all_formats_of_one_slice_end_as_the_same_counts_value_for_value(format,
     assert (lattice["kind"], lattice["pitch_um"]) == ("staggered", 100.0)
     assert lattice["source"] == ("pixels" if format == "plain h5ad" else "array")
     assert lattice["residual"] < 0.01
+    if format != "legacy table":
+        assert lattice["um_per_px"] == pytest.approx(100 / PITCH_PX, rel=0.001)
     assert facts["counts"]["spots_in_tissue"] == kept.sum()
     sites = adata.obs[[Keys.ARRAY_ROW, Keys.ARRAY_COL]].to_numpy()
     assert sites.dtype == np.int32
@@ -123,7 +128,7 @@ def test_a_curated_slice_says_where_it_comes_from(area, tmp_path):
     assert facts["slice"] == "sim_t"
     assert json.loads(facts["row"]) == catalogue_row
     inputs = json.loads(facts["inputs"])
-    assert len(inputs) == 4  # matrix, barcodes, features, positions
+    assert len(inputs) == 5  # matrix, barcodes, features, positions, scale factors
     assert all(len(entry["sha256"]) == 64 and entry["bytes"] > 0 for entry in inputs)
     assert {"python", "anndata", "numpy"} <= set(json.loads(facts["versions"]))
 
@@ -237,6 +242,15 @@ def set_first(adata, value):
     adata.X = counts.tocsr()
 
 
+def sum_first_two(adata, value):
+    """Two columns of one gene, with ``value`` each on the first spot."""
+    names = list(adata.var_names)
+    rename(adata, [names[0], names[0].lower(), *names[2:]])
+    counts = adata.X.tolil()
+    counts[0, :2] = value
+    adata.X = counts.tocsr()
+
+
 BAD = {
     "nothing in tissue": (EmptySlice, "0 spots in tissue", lambda a: put(a, in_tissue=0)),
     "no counts": (EmptySlice, "no count", lambda a: setattr(a, "X", a.X * 0)),
@@ -257,6 +271,7 @@ BAD = {
         lambda a: a.uns.update(organism_ontology_term_id="NCBITaxon:10090"),
     ),
     "no gene names": (UnknownGenes, "0 of 150 names known", lambda a: rename(a, [f"gene{i}" for i in range(a.n_vars)])),
+    "too large a sum": (CountOverflow, "a count of 80000", lambda a: sum_first_two(a, 40000)),
     "a spot without pixels": (
         MissingPositions,
         "1 of .* spots in tissue without position",
@@ -295,6 +310,91 @@ def test_without_a_lattice_a_slice_keeps_its_pixels_alone(area, tmp_path):
     lattice = adata.uns[Keys.STPATCH]["lattice"]
     assert (lattice["kind"], lattice["source"]) == ("none", "pixels")
     assert np.isnan(lattice["um_per_px"])
+
+
+def test_a_slice_without_lattice_is_binned_by_its_scale_factors(area, tmp_path):
+    """Spots anywhere, 0.5 um a pixel: bins of 100 um are 200 pixels wide."""
+    pixels = np.random.default_rng(0).uniform(0, 9000, (area.in_tissue.sum(), 2))
+
+    def change(adata, **factors):
+        adata.obsm["spatial"] = pixels
+        adata.uns["spatial"] = {"library": {"scalefactors": factors}}
+
+    path = changed_h5ad(area, tmp_path, lambda a: change(a, spot_diameter_fullres=130.0))
+    adata = curate(row(url=str(path)), GENE_TABLES)
+    lattice = adata.uns[Keys.STPATCH]["lattice"]
+    assert (lattice["kind"], lattice["um_per_px"]) == ("none", 0.5)
+    assert np.isnan(lattice["pitch_um"])
+    grid = make_grid(adata, "bin", 100.0)
+    x, y = ((pixels - pixels.min(0)) // 200).astype(int).T
+    np.testing.assert_array_equal(grid.cell, y * grid.mask.shape[1] + x)
+    assert grid.total_counts.sum() == area.counts[area.in_tissue].sum()
+    path = changed_h5ad(area, tmp_path, lambda a: change(a, tissue_hires_scalef=0.1))
+    with pytest.raises(NoLattice, match="Next step: give scale factors"):
+        make_grid(curate(row(url=str(path)), GENE_TABLES), "bin", 100.0)
+
+
+def on_array(adata, area, **columns):
+    """The plain h5ad with the array coordinates, or what ``columns`` put for them."""
+    kept = area.in_tissue
+    put(adata, **{"array_row": area.array_row[kept], "array_col": area.array_col[kept]} | columns)
+
+
+@pytest.mark.parametrize("where", ["one place", "one line"])
+def test_pixels_without_extent_beside_an_array_tell_no_scale(where, area, tmp_path, caplog):
+    def change(adata):
+        on_array(adata, area)
+        adata.obsm["spatial"] = adata.obsm["spatial"] * ([0, 0] if where == "one place" else [1, 0])
+
+    lattice = curate(row(url=str(changed_h5ad(area, tmp_path, change))), GENE_TABLES).uns[Keys.STPATCH]["lattice"]
+    assert (lattice["kind"], lattice["source"], lattice["pitch_um"]) == ("staggered", "array", 100.0)
+    assert np.isnan(lattice["um_per_px"])
+    assert "in one line" in caplog.text
+
+
+def test_array_positions_that_the_pixels_contradict_are_refused(area, tmp_path):
+    def shuffle(adata):
+        on_array(adata, area)
+        adata.obsm["spatial"] = np.random.default_rng(0).permutation(adata.obsm["spatial"])
+
+    for change, found in (
+        (shuffle, r"pixels \d+\.\d+ pitches"),
+        (
+            lambda a: on_array(a, area, array_col=area.array_col[area.in_tissue] + (np.arange(a.n_obs) == 5)),
+            r"1 of \d+ spots whose array row \+ column is odd",
+        ),
+    ):
+        path = changed_h5ad(area, tmp_path, change)
+        with pytest.raises(PositionsMismatch, match=rf"slice sim_t .*plain.h5ad.*found {found}"):
+            curate(row(url=str(path)), GENE_TABLES)
+
+
+@pytest.mark.parametrize(
+    ("factors", "pixels", "pitch_um", "um_per_px"),
+    [
+        ({"microns_per_pixel": 0.25}, 32.0, 8.0, 0.25),  # bins of Visium HD
+        ({"spot_diameter_fullres": 130.0}, 100.0, 50.0, 0.5),
+        ({}, 100.0, np.nan, np.nan),
+        ({"spot_diameter_fullres": 130.0}, None, np.nan, np.nan),  # a scale of pixels that are not there
+    ],
+)
+def test_a_square_lattice_that_is_not_legacy_st_has_the_pitch_that_its_scale_factors_tell(
+    factors, pixels, pitch_um, um_per_px, area, tmp_path
+):
+    site = np.divmod(np.arange(area.in_tissue.sum()), 50)
+
+    def change(adata):
+        on_array(adata, area, array_row=site[0], array_col=site[1])
+        adata.uns["spatial"] = {"library": {"scalefactors": factors}}
+        adata.obsm["spatial"] = np.column_stack(site[::-1]) * (pixels or 1.0)
+        if pixels is None:
+            del adata.obsm["spatial"]
+
+    adata = curate(row(url=str(changed_h5ad(area, tmp_path, change))), GENE_TABLES)
+    lattice = adata.uns[Keys.STPATCH]["lattice"]
+    assert lattice["kind"] == "square"
+    assert [lattice["pitch_um"], lattice["um_per_px"]] == pytest.approx([pitch_um, um_per_px], nan_ok=True)
+    np.testing.assert_allclose(adata.obsm[Keys.SPATIAL], np.column_stack(site[::-1]) * (pixels or 1.0))
 
 
 def test_array_positions_with_gaps_give_way_to_the_pixels(area, tmp_path):
@@ -365,7 +465,34 @@ def test_a_job_waits_for_a_listing_or_for_the_files_that_are_there(tmp_path):
     url = f"{tmp_path} {tmp_path}/nowhere"
     assert curate_inputs(row(url=url)) == {"files": [tmp_path / "a.h5ad"]}
     assert curate_inputs(row(source="geo")) == {"listing": "resources/download/sim_t/files.json"}
+    labels = tmp_path / "labels.tsv"
+    labels.write_text("")
+    assert curate_inputs(row(source="geo", labels=str(labels))) == {
+        "listing": "resources/download/sim_t/files.json",
+        "files": [labels],
+    }
+    fetched = row(source="geo", labels="https://example.org/labels.tsv")
+    assert curate_inputs(fetched) == {"listing": "resources/download/sim_t/files.json"}
+    own = row(url=f"{tmp_path}/a.h5ad", labels=str(labels))
+    assert curate_inputs(own) == {"files": [tmp_path / "a.h5ad", labels]}
     assert curate_inputs(row(source="simulated")) == {"listing": "resources/simulated/sim_t/deposit.json"}
+
+
+def test_a_prefix_is_taken_to_the_letter(tmp_path):
+    names = ["s[1]_*?.h5", "s[1]_ab.h5", "s1_.h5"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert files_at(tmp_path / "s[1]_") == [tmp_path / name for name in names[:2]]
+    assert files_at(tmp_path / "s[1]_*") == [tmp_path / names[0]]
+    assert files_at(tmp_path / "nowhere" / "s") == []
+
+
+def test_what_lies_in_hidden_folders_is_left_out(tmp_path):
+    folder = tmp_path / ".work" / "outs"
+    for place in (folder, folder / ".ipynb_checkpoints", folder / "spatial"):
+        place.mkdir(parents=True)
+        (place / "a.csv").write_text("")
+    assert files_at(folder) == [folder / "a.csv", folder / "spatial" / "a.csv"]
 
 
 def test_every_error_has_a_code_of_its_own():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,15 @@ from scipy import sparse
 from sklearn import metrics as reference
 
 from workflow import controls, probes, protocols
-from workflow.controls import Section, control_features, hexagonal_offsets, load_section, neighbour_mean, neighbours
+from workflow.controls import (
+    Section,
+    TooFewCommonGenes,
+    control_features,
+    hexagonal_offsets,
+    load_section,
+    neighbour_mean,
+    neighbours,
+)
 from workflow.errors import DamagedFile
 from workflow.evaluate import gather
 from workflow.score import COLUMNS, load_embedding, score, with_suffixes, write
@@ -153,6 +163,14 @@ def test_only_genes_measured_by_every_section_are_used():
     assert list(controls.common_genes([first, second])) == list(first.genes[3:])
 
 
+@pytest.mark.parametrize("n_shared", [0, 49])
+def test_sections_that_share_too_few_genes_are_named_and_counted(n_shared):
+    first, second = full_section("one"), full_section("two")
+    second.genes = np.array([*first.genes[:n_shared], *(f"ENSMUSG{i}" for i in range(70 - n_shared))], dtype=object)
+    with pytest.raises(TooFewCommonGenes, match=f"slice one, two: found {n_shared} genes .* expected at least 50"):
+        control_features([first, second], 1e4)
+
+
 def test_labels_do_not_touch_the_features():
     labelled, unlabelled = full_section(), full_section()
     unlabelled.labels = np.full(unlabelled.n_spots, None, dtype=object)
@@ -164,8 +182,8 @@ def test_suffixes_treat_each_section_alone_and_leave_spots_without_features_out(
     rng = np.random.default_rng(0)
     first, second = rng.normal(5, 2, (20, 3)), rng.normal(-5, 9, (30, 3))
     second[4] = np.nan
-    treated = with_suffixes({"stpatch": [first, second], "raw": [first, second]})
-    assert sorted(treated) == ["raw", "stpatch", "stpatch+centred", "stpatch+standardised"]
+    treated = with_suffixes({"stpatch": [first, second], "coordinates": [first, second]})
+    assert sorted(treated) == ["coordinates", "stpatch", "stpatch+centred", "stpatch+standardised"]
     for values in treated["stpatch+standardised"]:
         np.testing.assert_allclose(np.nanmean(values, axis=0), 0, atol=1e-12)
         np.testing.assert_allclose(np.nanstd(values, axis=0), 1)
@@ -205,6 +223,15 @@ def test_every_section_is_left_out_once():
     for number, train, test in splits:
         assert set(of_section[test]) == {number}
         assert len(train) + len(test) == 18
+
+
+def test_every_donor_is_left_out_once_with_all_its_sections_and_unknown_ones_take_no_part():
+    of_section = np.repeat([0, 1, 2, 3], [5, 6, 7, 8])
+    donor = np.array([1, 0, 1, -1])[of_section]
+    found = [
+        (number, set(of_section[train]), set(of_section[test])) for number, train, test in protocols.leave_donor(donor)
+    ]
+    assert found == [(0, {0, 2}, {1}), (1, {1}, {0, 2})]
 
 
 # Probes
@@ -274,8 +301,8 @@ def test_the_table_has_the_columns_methods_and_sections_that_others_build_on():
     protocol_names = ["random20", "blocks", "leave_section"]
     scored = score("d", sections, noise(sections), protocol_names=protocol_names, **SETTINGS)
     assert list(scored.scores.columns) == COLUMNS
-    plain = {"majority", "coordinates", "coordinates_section", "raw"}
-    treated = {"pca", "neighbour_mean_6", "neighbour_mean_18", "neighbour_mean_36", "untrained", "stpatch"}
+    plain = {"majority", "coordinates", "coordinates_section"}
+    treated = {"raw", "pca", "neighbour_mean_6", "neighbour_mean_18", "neighbour_mean_36", "untrained", "stpatch"}
     suffixed = {method + suffix for method in treated for suffix in ("", "+centred", "+standardised")}
     assert set(scored.scores["method"]) == plain | suffixed
     assert set(scored.scores["protocol"]) == set(protocol_names)
@@ -339,6 +366,49 @@ def test_one_section_cannot_be_left_out_and_the_notes_say_so():
     assert set(scored.scores["protocol"]) == {"random20"}
     assert scored.notes.query("kind == 'protocol_skipped'")["protocol"].item() == "leave_section"
     assert "coordinates_section" not in set(scored.scores["method"])
+
+
+def donated(*donors: str) -> list[Section]:
+    """Small sections a, b, ... of these donors."""
+    sections = [full_section(name, rows=8, cols=16, seed=ord(name)) for name in "abcdef"[: len(donors)]]
+    for section, donor in zip(sections, donors, strict=True):
+        section.donor = donor
+    return sections
+
+
+def test_a_left_out_section_whose_donor_also_trains_is_noted():
+    sections = donated("x", "x", "y", "", "")
+    scored = score("d", sections, noise(sections), protocol_names=["leave_section"], **SETTINGS)
+    shared = scored.notes.query("kind == 'shared_donor'")
+    assert shared[["protocol", "split", "section", "detail"]].to_numpy().tolist() == [
+        ["leave_section", 0, "a", "b of donor x trains"],
+        ["leave_section", 1, "b", "a of donor x trains"],
+    ]
+
+
+def test_donors_are_left_out_and_a_section_of_an_unknown_donor_is_noted():
+    sections = donated("y", "x", "y", "")
+    scored = score("d", sections, noise(sections), protocol_names=["leave_donor"], **SETTINGS)
+    tested = scored.scores.query("section != 'pooled'")
+    assert set(zip(tested["split"], tested["section"], strict=True)) == {(0, "b"), (1, "a"), (1, "c")}
+    assert scored.notes.query("kind == 'unknown_donor'")["section"].tolist() == ["d"]
+
+
+@pytest.mark.parametrize("donors", [("x", "x"), ("x", ""), ("", "")])
+def test_one_known_donor_cannot_be_left_out_and_the_notes_say_so(donors):
+    sections = donated(*donors)
+    scored = score("d", sections, noise(sections), protocol_names=["leave_donor"], **SETTINGS)
+    assert not len(scored.scores)
+    assert scored.notes.query("kind == 'protocol_skipped'")["protocol"].item() == "leave_donor"
+
+
+def test_the_donor_is_that_of_the_catalogue(tmp_path):
+    path = tmp_path / "one.h5ad"
+    slice_ = tiny_slice(name="one")
+    row = json.loads(slice_.uns["stpatch"]["row"]) | {"donor": "Br8100"}
+    slice_.uns["stpatch"]["row"] = json.dumps(row)
+    slice_.write_h5ad(path)
+    assert load_section(path).donor == "Br8100"
 
 
 def test_blocks_need_a_lattice_and_the_notes_say_so(tmp_path):

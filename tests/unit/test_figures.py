@@ -22,7 +22,7 @@ def results(tmp_path_factory):
     return folder
 
 
-def scores(**values: float) -> pd.DataFrame:
+def scores(protocol: str = "random20", **values: float) -> pd.DataFrame:
     """A score table of one dataset: method (`method__head`) -> accuracy and ARI in split 0; split 1 is .01 higher."""
     rows = []
     for key, value in values.items():
@@ -30,7 +30,7 @@ def scores(**values: float) -> pd.DataFrame:
         for split in (0, 1):
             for metric in ("accuracy", "ari", "macro_f1", "nmi"):
                 for section in ("pooled", "a"):
-                    rows.append(("d", section, method.replace("_plus_", "+"), head, "random20", split, metric, value))
+                    rows.append(("d", section, method.replace("_plus_", "+"), head, protocol, split, metric, value))
                     value = min(value + 0.01 * split, 1)
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -96,8 +96,25 @@ def test_the_panels_name_slice_size_and_gene(results):
     slice_, grid = ad.read_h5ad(results / "slices/train0.h5ad"), read_grid(results / "grids/train0.zarr")
     window = drawn.first_window(results / "shards/train/index.json", "train0")
     text = text_of(panels.draw(slice_, grid, window, True, 1e4))
-    for part in ("train0", f"{slice_.n_obs} spots", "30 x 30", f"({window.y}, {window.x})", "the 20 drawn", "10000"):
+    at = f"window at row {window.y}, column {window.x}"
+    for part in ("train0", f"{slice_.n_obs} spots", "30 x 30", at, "the 20 drawn genes", "10000"):
         assert part in text
+
+
+def test_the_windows_frame_follows_a_lattice_that_lies_turned_in_the_image():
+    spot = np.arange(600).reshape(20, 30)
+    window = drawn.Window(4, 6, np.zeros((1, 5, 8)), np.ones((5, 8)), np.array(["g"]), np.array(["g"]))
+    y, x = np.divmod(np.arange(600), 30)
+    xy = np.column_stack([100 - 2 * y, 3 * x]).astype(float)  # turned by a quarter
+    corners = panels.outline(window, spot, xy)
+    expected = [(100 - 2 * row, 3 * col) for row, col in ((3.5, 5.5), (3.5, 13.5), (8.5, 13.5), (8.5, 5.5))]
+    np.testing.assert_allclose(corners, expected)
+
+
+def test_one_bright_spot_does_not_set_the_range_of_colours():
+    values = np.r_[np.arange(300) % 10, 500]
+    assert panels.brightest(values) == 9
+    assert panels.brightest(np.r_[np.zeros(300), 4]) == 4
 
 
 # Overviews
@@ -147,6 +164,12 @@ def test_a_step_that_was_logged_twice_counts_once(tmp_path):
     assert val["masked_mse"].tolist() == [0.4]
 
 
+def test_the_loss_curve_says_over_how_many_windows_if_the_run_recorded_it():
+    val = pd.DataFrame({"step": [1], "masked_mse": [0.4], "gene_mean_mse": [0.5], "n_windows": [1024]})
+    assert curve.verdict(val).startswith("1,024 held-out windows: masked MSE 0.4000")
+    assert curve.verdict(val.drop(columns="n_windows")).startswith("held-out windows: masked MSE 0.4000")
+
+
 @pytest.mark.parametrize(("model", "said"), [(0.4, "below the gene means' 0.5000 (-20.0%)"), (0.6, "not below")])
 def test_the_loss_curve_says_whether_the_gene_means_are_beaten(model, said):
     val = pd.DataFrame({"step": [1, 2], "masked_mse": [0.9, model], "gene_mean_mse": [0.5, 0.5]})
@@ -176,6 +199,23 @@ def test_the_untrained_encoder_is_a_control():
     assert set(scoreboard.verdicts(by_split)["verdict"]) == {"does not beat it"}
     better = scoreboard.pooled(scores(untrained__knn=0.7, stpatch_plus_centred__knn=0.8))
     assert set(scoreboard.verdicts(better)["verdict"]) == {"beats it"}
+
+
+@pytest.mark.parametrize(
+    ("lead", "said"),
+    [
+        ([0.1, 0.001], "beats it"),
+        ([0.1], "beats it"),
+        ([0.1, -0.01], "undecided"),
+        ([0.1, 0.0], "undecided"),
+        ([0.01, -0.1], "does not beat it"),
+        ([0.01, -0.01], "does not beat it"),
+        ([0.0, 0.0], "does not beat it"),
+        ([-0.1, -0.1], "does not beat it"),
+    ],
+)
+def test_a_control_is_beaten_in_every_split_or_it_is_not_said(lead, said):
+    assert scoreboard.worded(pd.Series(lead)) == said
 
 
 def test_the_majority_class_stands_under_every_head():
@@ -222,6 +262,27 @@ def test_the_score_figure_shows_every_method_protocol_and_head():
         assert part in text
 
 
+def test_every_split_is_drawn_and_no_axis_goes_beyond_what_a_metric_can_be():
+    by_split = scoreboard.pooled(scores(pca__knn=0.2, stpatch__knn=0.99))
+    by_split.loc[("random20", "knn", "pca", 0), "ari"] = -0.1
+    figure = scoreboard.draw("d", by_split)
+    accuracy, ari = figure.axes
+    assert accuracy.get_xlim() == pytest.approx((-0.02, 1.02))
+    assert ari.get_xlim() == pytest.approx((-0.12, 1.02))
+    dots = np.concatenate([line.get_xdata() for line in accuracy.lines if line.get_marker() == "."])
+    assert set(by_split["accuracy"]) <= set(dots)
+    plotting.plt.close(figure)
+
+
+def test_the_page_says_of_each_protocol_how_it_leaks():
+    for protocol, said in (("leave_section", "share their layout"), ("leave_donor", "does not leak")):
+        page = scoreboard.scores_page(
+            "d", scores(protocol, pca__knn=0.5, stpatch__knn=0.6), pd.DataFrame(columns=NOTES), False
+        )
+        assert said in page
+        assert "the choice favours the controls" in page
+
+
 # Maps
 
 
@@ -233,13 +294,24 @@ def test_maps_draw_the_best_of_either_side():
             "leave_section:stpatch:knn": list("xyyx"), "leave_section:stpatch+centred:logistic": list("xxyy"),
         }
     )  # fmt: skip
-    assert maps.best_columns(predictions) == {
+    # Of all spots pca meets more labels; the scoreboard's mean over splits ranks raw first, and it decides.
+    table = scores("leave_section", pca__knn=0.7, raw__knn=0.8, stpatch__knn=0.5, stpatch_plus_centred__logistic=0.9)
+    assert maps.best_columns(predictions, table) == {
         "stpatch": "leave_section:stpatch+centred:logistic",
-        "strongest control": "leave_section:pca:knn",
+        "strongest control": "leave_section:raw:knn",
     }
-    text = text_of(maps.draw("d", predictions, {"a": np.random.default_rng(0).normal(size=(4, 2))}))
-    for part in ("a: true", "accuracy 1.000", "accuracy 0.750", "pca, knn", "leave_section"):
+    text = text_of(maps.draw("d", predictions, table, {"a": np.random.default_rng(0).normal(size=(4, 2))}))
+    for part in ("a: true", "accuracy 1.000", "accuracy 0.500", "raw, knn", "leave_section"):
         assert part in text
+
+
+def test_the_majority_class_can_be_the_control_that_is_mapped():
+    predictions = pd.DataFrame(
+        {"section": "a", "spot": [0, 1], "label": list("xy"), "random20:majority:none": list("xx"),
+         "random20:raw:knn": list("yx")}
+    )  # fmt: skip
+    table = scores(majority__none=0.5, raw__knn=0.1)
+    assert maps.best_columns(predictions, table) == {"strongest control": "random20:majority:none"}
 
 
 def test_spots_that_were_not_predicted_do_not_count_as_errors():

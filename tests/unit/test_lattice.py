@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from workflow.errors import NoLattice
+from workflow.errors import NoLattice, PositionsMismatch
 from workflow.lattice import infer_lattice, known_lattice, plane
 from workflow.simulate import staggered_sites
 
@@ -102,6 +102,46 @@ def test_given_coordinates_tell_their_kind_and_their_scale(kind):
     assert lattice.kind == kind
     assert lattice.pitch_px == pytest.approx(137.7)
     assert lattice.residual < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["staggered", "square"])
+def test_pixels_of_other_spots_are_found_out(kind):
+    row, col = planted(kind)
+    pixels = seen(kind, row, col, degrees=3, noise=0.05)
+    shuffled = np.random.default_rng(0).permutation(pixels)
+    with pytest.raises(PositionsMismatch, match=r"slice s \(f\): found pixels \d+\.\d+ pitches.*Next step"):
+        known_lattice(row, col, shuffled, "s", "f")
+    moved = np.roll(pixels, 1, axis=0)  # each spot has its neighbour's
+    with pytest.raises(PositionsMismatch):
+        known_lattice(row, col, moved)
+
+
+def test_row_and_column_exchanged_are_found_out():
+    row, col = planted("staggered")
+    with pytest.raises(PositionsMismatch, match="one axis stretched 3.00 times"):
+        known_lattice(col, row, seen("staggered", row, col))
+
+
+@pytest.mark.parametrize("kind", ["staggered", "square"])
+def test_column_and_row_may_stand_for_pixels(kind):
+    row, col = planted(kind)
+    assert known_lattice(row, col, np.column_stack([col, row]).astype(float)).residual < 1e-9
+
+
+def test_a_few_spots_between_the_sites_of_a_staggered_lattice_are_found_out():
+    row, col = planted("staggered")
+    wrong = col.copy()
+    wrong[:7] += 1
+    with pytest.raises(PositionsMismatch, match=rf"7 of {len(row)} spots whose array row \+ column is odd"):
+        known_lattice(row, wrong, None)
+
+
+@pytest.mark.parametrize("pixels", [np.zeros, lambda shape: np.outer(np.arange(shape[0]), [1.0, 0.3])])
+def test_pixels_at_one_place_or_in_one_line_tell_no_scale(pixels):
+    row, col = planted("staggered")
+    lattice = known_lattice(row, col, pixels((len(row), 2)))
+    assert lattice.kind == "staggered"
+    assert np.isnan([lattice.pitch_px, lattice.residual]).all()
 
 
 def test_without_pixels_the_scale_is_unknown():

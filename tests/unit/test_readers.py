@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import json
 
 import anndata
 import h5py
@@ -13,7 +14,7 @@ import pytest
 from scipy import sparse
 
 from tests.unit.simulated import small_slice
-from workflow.deposits import WRITERS, mex, positions, write_cellxgene, write_deposit, write_geo, write_tenx_h5
+from workflow.deposits import SPOT_PX, WRITERS, mex, positions, write_cellxgene, write_deposit, write_geo, write_tenx_h5
 from workflow.errors import (
     MissingFile,
     MissingPositions,
@@ -26,7 +27,7 @@ from workflow.errors import (
     Unreadable,
 )
 from workflow.readers import detect, read_deposit
-from workflow.readers.deposit import why_not_counts
+from workflow.readers.deposit import reading, scale, why_not_counts
 from workflow.sources import files_at
 
 
@@ -275,6 +276,139 @@ def test_counts_of_any_type_are_counts_unless_they_are_not_numbers():
     assert "type" in why_not_counts(np.array([[True]]))
 
 
+def broken_indices(group):
+    group["indices"][0] = 10**6
+
+
+def negative_index(group):
+    group["indices"][0] = -1
+
+
+def pointer_beyond_the_end(group):
+    group["indptr"][1] = 10**6
+
+
+def pointers_that_go_back(group):
+    group["indptr"][1:3] = group["indptr"][1:3][::-1] + [1, 0]
+
+
+@pytest.mark.parametrize("where", ["X", "raw/X", "layers/counts"])
+@pytest.mark.parametrize("damage", [broken_indices, negative_index, pointer_beyond_the_end, pointers_that_go_back])
+def test_a_sparse_matrix_that_points_out_of_itself_is_unreadable(damage, where, tmp_path):
+    adata = anndata.read_h5ad(tiny_h5ad(tmp_path / "a.h5ad"))
+    adata.raw = adata.copy()
+    adata.layers["counts"] = adata.X.copy()
+    adata.write_h5ad(tmp_path / "b.h5ad")
+    with h5py.File(tmp_path / "b.h5ad", "r+") as file:
+        damage(file[where])
+    with pytest.raises(Unreadable, match=r"slice sim_t .*b.h5ad.*ind(ex|ices|ptr|ex pointer)"):
+        read(tmp_path / "b.h5ad")
+
+
+def no_anndata(path):
+    with h5py.File(path, "w") as file:
+        file["something"] = np.arange(3)
+
+
+def newer_encoding(path):
+    tiny_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        file["X"].attrs["encoding-version"] = "99.0.0"
+
+
+def raw_of_other_spots(path):
+    tiny_h5ad(path)
+    adata = anndata.read_h5ad(path)
+    adata.raw = adata.copy()
+    adata.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        file["raw/X"].attrs["shape"] = [4, 2]
+        del file["raw/X/indptr"]
+        file["raw/X/indptr"] = np.array([0, 2, 3, 4, 4])
+
+
+@pytest.mark.parametrize("make", [no_anndata, newer_encoding, raw_of_other_spots])
+def test_an_h5ad_that_is_none_is_unreadable(make, tmp_path):
+    make(tmp_path / "a.h5ad")
+    with pytest.raises(Unreadable, match=r"slice sim_t .*a.h5ad.*Next step"):
+        read(tmp_path / "a.h5ad")
+
+
+def test_pixels_of_one_column_are_no_positions(tmp_path):
+    path = tiny_h5ad(tmp_path / "a.h5ad", obsm={"spatial": np.zeros((3, 1))})
+    with pytest.raises(MissingPositions, match=r'obsm\["spatial"\] of shape \(3, 1\)'):
+        read(path)
+
+
+def test_only_spots_in_tissue_need_array_coordinates(tmp_path):
+    obs = pd.DataFrame({"array_row": [0, 0, np.nan], "array_col": [0, 2, 1]}, index=["a", "b", "c"])
+    assert read(tiny_h5ad(tmp_path / "a.h5ad", obs=obs)).array is None
+    deposit = read(tiny_h5ad(tmp_path / "b.h5ad", obs=obs.assign(in_tissue=[1, 1, 0])))
+    np.testing.assert_array_equal(deposit.array[:2], [[0, 0], [0, 2]])
+
+
+def test_every_error_while_reading_is_one_of_the_slice_but_short_memory(tmp_path):
+    for error in (TypeError, IndexError, AttributeError, np.linalg.LinAlgError):
+        with pytest.raises(Unreadable, match=error.__name__), reading("sim_t", tmp_path):
+            raise error("planted")
+    with pytest.raises(MemoryError), reading("sim_t", tmp_path):
+        raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("factors", "um_per_px"),
+    [
+        ({"spot_diameter_fullres": 89.5}, 65 / 89.5),
+        ({"spot_diameter_fullres": 7.3, "microns_per_pixel": 0.274}, 0.274),  # Visium HD
+        ({"spot_diameter_fullres": np.float32(130)}, 0.5),
+        ({"spot_diameter_fullres": 0}, np.nan),
+        ({"spot_diameter_fullres": None}, np.nan),
+        ({"tissue_hires_scalef": 0.1}, np.nan),
+    ],
+)
+def test_scale_factors_tell_the_size_of_a_pixel_or_nothing(factors, um_per_px):
+    assert scale(factors) == pytest.approx(um_per_px, nan_ok=True)
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_scale_factors_are_found_in_every_layout(layout, area, tmp_path):
+    deposit = read(tmp_path / write_deposit(area, layout, tmp_path)["url"])
+    assert deposit.um_per_px == pytest.approx(65 / SPOT_PX)
+    assert layout == "cellxgene" or any("scalefactors_json.json" in path.name for path in deposit.files)
+
+
+def test_scale_factors_of_another_sample_or_of_several_libraries_are_not_taken(area, tmp_path):
+    write_geo(area, tmp_path)
+    mine = tmp_path / "GSM900001_sim_t_scalefactors_json.json.gz"
+    mine.rename(tmp_path / "GSM900001_sim_t_2_scalefactors_json.json.gz")
+    assert np.isnan(read(tmp_path / "GSM900001_sim_t").um_per_px)
+    library = {"scalefactors": {"spot_diameter_fullres": 65.0}}
+    for libraries, um_per_px in ((1, 1.0), (2, np.nan), (0, np.nan)):
+        uns = {"spatial": {"is_single": True} | {f"library {i}": library for i in range(libraries)}}
+        found = read(tiny_h5ad(tmp_path / "a.h5ad", uns=uns)).um_per_px
+        assert found == pytest.approx(um_per_px, nan_ok=True)
+
+
+def test_damaged_scale_factors_are_unreadable(area, tmp_path):
+    outs = tmp_path / write_deposit(area, "spaceranger-2", tmp_path)["url"]
+    for text in ("{", "[]", json.dumps({"spot_diameter_fullres": "wide"})):
+        (outs / "spatial" / "scalefactors_json.json").write_text(text)
+        with pytest.raises(Unreadable, match="scalefactors_json.json"):
+            read(outs)
+
+
+@pytest.mark.parametrize(("value", "found"), [("", "blank"), ("inf", "infinite"), ("3.5", "fractions"), ("x", "parse")])
+def test_positions_that_are_no_numbers_are_unreadable(value, found, area, tmp_path):
+    outs = tmp_path / write_deposit(area, "spaceranger-2", tmp_path)["url"]
+    path = outs / "spatial" / "tissue_positions.csv"
+    head, first, *rest = path.read_text().splitlines()
+    fields = first.split(",")
+    fields[2] = value
+    path.write_text("\n".join([head, ",".join(fields), *rest]))
+    with pytest.raises(Unreadable, match=rf"tissue_positions.csv.*{found}"):
+        read(outs)
+
+
 def test_several_sections_in_one_h5ad_are_refused(tmp_path):
     several = tiny_h5ad(tmp_path / "a.h5ad", uns={"spatial": {"is_single": False}})
     with pytest.raises(MultipleSections, match="is_single"):
@@ -310,8 +444,12 @@ def test_gene_ids_are_found_in_any_column_and_symbols_by_name(tmp_path):
 
 
 def test_spike_ins_and_antibodies_in_an_h5ad_are_dropped(tmp_path):
-    for column, value in (("feature_biotype", "spike-in"), ("feature_types", "Antibody Capture")):
-        var = pd.DataFrame({column: ["gene", value]}, index=["ENSG00000000003", "ERCC-00002"])
+    for column, gene, other in (
+        ("feature_biotype", "gene", "spike-in"),
+        ("feature_types", "gene", "Antibody Capture"),
+        ("feature_types", "Gene Expression", "Something new"),
+    ):
+        var = pd.DataFrame({column: [gene, other]}, index=["ENSG00000000003", "ERCC-00002"])
         assert list(read(tiny_h5ad(tmp_path / "a.h5ad", var=var)).ids) == ["ENSG00000000003"]
 
 
@@ -355,11 +493,22 @@ def test_a_legacy_table_is_recognised_whatever_the_order_of_files(tmp_path):
         ({"counts": LEGACY.replace("4", "four")}, Unreadable),
         ({"spots": SPOTS.replace("pixel_x", "px")}, Unreadable),
         ({"spots": SPOTS.splitlines()[0] + "\n1\t1\t0\t0\t1\t1\t1\n"}, MissingPositions),
+        ({"counts": "spot\n10x13\n11x12\n"}, Unreadable),
+        ({"counts": "\tTP53\tACTB\n"}, MissingFile),
+        ({"counts": ""}, MissingFile),
+        ({"spots": ""}, Unreadable),
+        ({"spots": SPOTS.splitlines()[0]}, SliceError),
+        ({"spots": SPOTS.splitlines()[0] + "\n"}, SliceError),
+        ({"spots": SPOTS.replace("\n11\t", "\n\t")}, Unreadable),
+        ({"spots": SPOTS.replace("\n11\t", "\neleven\t")}, Unreadable),
+        ({"spots": SPOTS.replace("110", "here")}, Unreadable),
     ],
 )
-def test_damaged_legacy_tables_end_in_their_errors(changes, error, tmp_path):
+@pytest.mark.parametrize("format", ["legacy_st", "auto"])
+def test_damaged_legacy_tables_end_in_their_errors(changes, error, format, tmp_path):
+    error = UnknownFormat if format == "auto" and error is MissingFile else error
     with pytest.raises(error, match="slice sim_t"):
-        read_deposit("sim_t", legacy_files(tmp_path, **changes), "legacy_st")
+        read_deposit("sim_t", legacy_files(tmp_path, **changes), format)
 
 
 def test_every_error_of_a_reader_is_a_slice_error():

@@ -5,6 +5,7 @@ The matrix is chosen by content, not by name: the first of ``raw.X``, ``layers["
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import anndata
@@ -14,7 +15,7 @@ from scipy import sparse
 
 from workflow.errors import MissingPositions, MultipleSections, NotCounts, Transposed, UnknownFormat
 from workflow.genes import strip_version
-from workflow.readers.deposit import Deposit, looks_like_barcodes, reading, strings, why_not_counts
+from workflow.readers.deposit import Deposit, looks_like_barcodes, reading, scale, strings, why_not_counts
 
 SYMBOL_COLUMNS = ("symbol", "gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "SYMBOL")
 TYPE_COLUMNS = ("feature_types", "feature_type")
@@ -37,13 +38,20 @@ def read_h5ad(slice: str, files: list[Path]) -> Deposit:
             expected="one h5ad file a slice",
             next_step="name the file itself in the catalogue's url, one row a slice",
         )
-    path = found[0]
-    with reading(slice, path):
-        adata = anndata.read_h5ad(path)
+    with reading(slice, found[0]):
+        return _parse(slice, found[0])
+
+
+def _parse(slice: str, path: Path) -> Deposit:
+    """One h5ad file; any other error than those of `read_h5ad` means that the file is not what it should be."""
+    adata = anndata.read_h5ad(path)
     _refuse_several_sections(slice, path, adata)
     counts, var = _counts(slice, path, adata)
     obs = adata.obs
-    array, pixels = _array(obs), _pixels(adata)
+    covered = np.ones(adata.n_obs, bool)
+    if "in_tissue" in obs:
+        covered = obs["in_tissue"].astype(str).str.lower().isin(COVERED).to_numpy()
+    array, pixels = _array(obs, covered), _pixels(slice, path, adata)
     if array is None and pixels is None:
         raise MissingPositions(
             slice=slice,
@@ -53,9 +61,6 @@ def read_h5ad(slice: str, files: list[Path]) -> Deposit:
             next_step="add the positions to the file, or take the row out of the catalogue",
         )
     ids, symbols, expressed = _names(var)
-    covered = np.ones(adata.n_obs, bool)
-    if "in_tissue" in obs:
-        covered = obs["in_tissue"].astype(str).str.lower().isin(COVERED).to_numpy()
     return Deposit(
         file=path,
         files=[path],
@@ -68,6 +73,7 @@ def read_h5ad(slice: str, files: list[Path]) -> Deposit:
         pixels=pixels,
         obs=obs,
         organism=_organism(adata),
+        um_per_px=float("nan") if pixels is None else _um_per_px(adata),
     )
 
 
@@ -97,6 +103,11 @@ def _counts(slice: str, path: Path, adata: anndata.AnnData):
     if adata.raw is not None:
         candidates.insert(0, ("raw.X", adata.raw.X, adata.raw.var))
     candidates = [(name, matrix, var) for name, matrix, var in candidates if matrix is not None]
+    for name, matrix, var in candidates:
+        if matrix.shape != (adata.n_obs, len(var)):
+            raise ValueError(f"{name} of shape {matrix.shape} for {adata.n_obs} spots and {len(var)} genes")
+        if sparse.issparse(matrix):  # anndata takes its indices on trust, and scipy would follow them out of memory
+            matrix.check_format(full_check=True)
     barcodes = looks_like_barcodes(adata.var_names) and not looks_like_barcodes(adata.obs_names)
     if barcodes or _mostly_ensembl(strings(adata.obs_names)):
         raise Transposed(
@@ -135,8 +146,11 @@ def _names(var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         symbols = np.where(var[named].isna(), "", strings(var[named]))
     expressed = np.ones(len(var), bool)
     kind = next((name for name in TYPE_COLUMNS if name in var), None)
-    if kind:  # of 10x: "Antibody Capture" and others; of CELLXGENE: a gene's biotype
-        expressed = ~var[kind].astype(str).str.contains("Capture|Custom|Multiplexing|Peaks", case=False).to_numpy()
+    if kind:  # of 10x: "Gene Expression", "Antibody Capture" and others; of CELLXGENE: a gene's biotype
+        kinds = var[kind].astype(str)
+        expressed = (kinds == "Gene Expression").to_numpy()
+        if not expressed.any():
+            expressed = ~kinds.str.contains("Capture|Custom|Multiplexing|Peaks", case=False).to_numpy()
     if "feature_biotype" in var:
         expressed &= (var["feature_biotype"].astype(str) != "spike-in").to_numpy()
     return ids, symbols, expressed
@@ -146,20 +160,42 @@ def _mostly_ensembl(names: np.ndarray) -> bool:
     return len(names) > 0 and sum(strip_version(name) is not None for name in names) >= len(names) / 2
 
 
-def _array(obs: pd.DataFrame) -> np.ndarray | None:
-    """Array coordinates [n, 2], None where a covered spot has none or they are fractions."""
+def _array(obs: pd.DataFrame, covered: np.ndarray) -> np.ndarray | None:
+    """Array coordinates [n, 2], None where a covered spot has none or they are fractions; -1 where another spot has none."""
     if "array_row" not in obs or "array_col" not in obs:
         return None
     given = obs[["array_row", "array_col"]].astype(str).apply(pd.to_numeric, errors="coerce").to_numpy(float)
-    if not np.isfinite(given).all() or (given != np.rint(given)).any():
+    whole = (np.isfinite(given) & (given == np.rint(given))).all(1)
+    if not whole[covered].all():
         return None
-    return given.astype(np.int64)
+    return np.where(whole[:, None], given, -1).astype(np.int64)
 
 
-def _pixels(adata: anndata.AnnData) -> np.ndarray | None:
-    """Pixels [n, 2] (x, y) of ``obsm["spatial"]``."""
+def _pixels(slice: str, path: Path, adata: anndata.AnnData) -> np.ndarray | None:
+    """Pixels [n, 2] (x, y) of ``obsm["spatial"]``, None where there is none."""
     key = next((key for key in ("spatial", "X_spatial") if key in adata.obsm), None)
-    return None if key is None else np.asarray(adata.obsm[key], float)[:, :2]
+    if key is None:
+        return None
+    pixels = np.asarray(adata.obsm[key], float)
+    if pixels.ndim != 2 or pixels.shape[1] < 2:
+        raise MissingPositions(
+            slice=slice,
+            file=str(path),
+            found=f'obsm["{key}"] of shape {pixels.shape}',
+            expected="two columns, x and y",
+            next_step="complete the positions in the file, or take the row out of the catalogue",
+        )
+    return pixels[:, :2]
+
+
+def _um_per_px(adata: anndata.AnnData) -> float:
+    """Micrometres a pixel by the scale factors in ``uns["spatial"]``, NaN where it has none or those of several libraries."""
+    spatial = adata.uns.get("spatial")
+    libraries = spatial.values() if isinstance(spatial, Mapping) else ()
+    factors = [
+        library["scalefactors"] for library in libraries if isinstance(library, Mapping) and "scalefactors" in library
+    ]
+    return scale(factors[0]) if len(factors) == 1 else float("nan")
 
 
 def _organism(adata: anndata.AnnData) -> str:

@@ -16,6 +16,7 @@ from scipy import sparse
 from workflow.errors import MissingFile, MissingPositions, Transposed
 from workflow.readers.deposit import Deposit, open_text, reading, strings
 
+PITCH_UM = 200.0  # centre to centre of neighbouring spots
 SPOT = re.compile(r"^(?:X)?(-?\d+(?:\.\d+)?)[x_](-?\d+(?:\.\d+)?)$")
 
 
@@ -49,6 +50,8 @@ def read_legacy_st(slice: str, files: list[Path]) -> Deposit:
     path = tables[0]
     with reading(slice, path), open_text(path) as file:
         table = pd.read_csv(file, sep="\t", index_col=0)
+        if not table.size:
+            raise ValueError(f"a table of {table.shape[0]} spots and {table.shape[1]} genes")
     if SPOT.match(str(table.columns[0])):
         raise Transposed(
             slice=slice,
@@ -64,6 +67,7 @@ def read_legacy_st(slice: str, files: list[Path]) -> Deposit:
         matches = [SPOT.match(name) for name in strings(table.index)]
         if not all(matches):
             raise ValueError(f"row names that are no spots, such as {table.index[matches.index(None)]!r}")
+        counts = sparse.csr_matrix(values)
     x, y = np.rint(np.array([[float(part) for part in match.groups()] for match in matches])).astype(np.int64).T
     others = [other for other in files if other != path]
     covered, pixels = np.ones(len(x), bool), None
@@ -73,13 +77,14 @@ def read_legacy_st(slice: str, files: list[Path]) -> Deposit:
     return Deposit(
         file=path,
         files=[path, *others[:1]],
-        counts=sparse.csr_matrix(values),
+        counts=counts,
         spots=strings(table.index),
         ids=names,
         symbols=names,
         in_tissue=covered,
         array=np.column_stack([y, x]),
         pixels=pixels,
+        pitch_um=PITCH_UM,
     )
 
 
@@ -90,9 +95,10 @@ def _selected(slice: str, path: Path, x: np.ndarray, y: np.ndarray) -> tuple[np.
         lacking = [name for name in ("x", "y", "pixel_x", "pixel_y") if name not in table]
         if lacking:
             raise ValueError(f"no column {', '.join(lacking)} among {', '.join(map(str, table.columns))}")
-    if "selected" in table:
-        table = table[table["selected"] == 1]
-    sites = pd.MultiIndex.from_arrays([table["x"].round().astype(int), table["y"].round().astype(int)])
+        if "selected" in table:
+            table = table[table["selected"] == 1]
+        sites = pd.MultiIndex.from_arrays([table[name].astype(float).round().astype(int) for name in ("x", "y")])
+        listed = table[["pixel_x", "pixel_y"]].to_numpy(float)[~sites.duplicated()]
     at = sites[~sites.duplicated()].get_indexer(pd.MultiIndex.from_arrays([x, y]))
     covered = at >= 0
     if not covered.any():
@@ -103,6 +109,4 @@ def _selected(slice: str, path: Path, x: np.ndarray, y: np.ndarray) -> tuple[np.
             expected="the spots of this section",
             next_step="find the spot file that belongs to this table of counts",
         )
-    pixels = table.loc[~sites.duplicated(), ["pixel_x", "pixel_y"]].to_numpy(float)[at]
-    pixels[~covered] = np.nan
-    return covered, pixels
+    return covered, np.where(covered[:, None], listed[at], np.nan)

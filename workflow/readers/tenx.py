@@ -5,6 +5,7 @@ What a file is, its name's end tells; how positions are laid out, their content 
 =============  ==========================================================================================
 matrix         ``*.h5`` (but molecule_info and probes), or ``matrix.mtx`` + ``barcodes.tsv`` + ``features.tsv`` or ``genes.tsv``
 positions      ``tissue_positions.csv`` or ``tissue_positions_list.csv`` (``.txt``, ``.tsv``), with a header line or without
+scale factors  ``scalefactors_json.json`` in the same folder and after the same prefix as the positions; may be missing
 =============  ==========================================================================================
 
 Each may be gzipped, lie in a folder or follow a prefix that ends in ``_``, ``.`` or ``-``. Filtered matrices are preferred to
@@ -18,6 +19,7 @@ tissue, so that all of them should.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from scipy import sparse
 from scipy.io import mmread
 
 from workflow.errors import MissingFile, MissingPositions, PositionsMismatch, Transposed, UnknownFormat, Unreadable
-from workflow.readers.deposit import Deposit, looks_like_barcodes, open_bytes, open_text, reading, strings
+from workflow.readers.deposit import Deposit, looks_like_barcodes, open_bytes, open_text, reading, scale, strings
 
 H5 = re.compile(r"(?<!molecule_info)(?<!probe_bc_matrix)\.h5$", re.IGNORECASE)
 MTX = re.compile(r"matrix\.mtx(\.gz)?$", re.IGNORECASE)
@@ -37,6 +39,7 @@ BARCODES = re.compile(r"barcodes\.tsv(\.gz)?$", re.IGNORECASE)
 FEATURES = re.compile(r"(features|genes)\.tsv(\.gz)?$", re.IGNORECASE)
 POSITIONS = re.compile(r"tissue_positions(_list)?\.(csv|txt|tsv)(\.gz)?$", re.IGNORECASE)
 PARQUET = re.compile(r"tissue_positions\.parquet$", re.IGNORECASE)
+SCALE = re.compile(r"scalefactors_json\.json(\.gz)?$", re.IGNORECASE)
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 
 FEWEST_SHARED = 0.9
@@ -68,11 +71,12 @@ def read_tenx(slice: str, files: list[Path]) -> Deposit:
     counts, spots, features = read(slice, matrix.paths)
     table, path = read_positions(slice, files, matrix)
     at = match_spots(slice, spots, table, path, raw=matrix.rank[0] == 2)
+    um_per_px, factors = read_scale(slice, files, path)
     expressed = (features["type"] == "Gene Expression").to_numpy()
     table = table.iloc[at]  # -1, a barcode without position, takes the last row: it does not count as in tissue
     return Deposit(
         file=matrix.file,
-        files=[*matrix.paths, path],
+        files=[*matrix.paths, path, *factors],
         counts=counts[:, expressed],
         spots=spots,
         ids=features["id"].to_numpy()[expressed],
@@ -80,6 +84,7 @@ def read_tenx(slice: str, files: list[Path]) -> Deposit:
         in_tissue=(at >= 0) & (table["in_tissue"] == 1).to_numpy(),
         array=table[["array_row", "array_col"]].to_numpy(np.int64),
         pixels=table[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float),
+        um_per_px=um_per_px,
     )
 
 
@@ -238,8 +243,10 @@ def read_positions(slice: str, files: list[Path], matrix: Matrix) -> tuple[pd.Da
         if lacking := [name for name in COLUMNS if name not in table]:
             raise ValueError(f"{len(table.columns)} columns, without {', '.join(lacking)}")
         numbers = table[COLUMNS[1:]].apply(pd.to_numeric)
-        if numbers.isna().any(axis=None):
-            raise ValueError("positions that are blank")
+        if not np.isfinite(numbers.to_numpy(float)).all():
+            raise ValueError("positions that are blank or infinite")
+        if (numbers[COLUMNS[2:4]] % 1 != 0).any(axis=None):
+            raise ValueError("array positions that are fractions")
     if table["barcode"].duplicated().any():
         raise PositionsMismatch(
             slice=slice,
@@ -249,6 +256,16 @@ def read_positions(slice: str, files: list[Path], matrix: Matrix) -> tuple[pd.Da
             next_step="give the positions of this slice alone",
         )
     return numbers.assign(barcode=table["barcode"]), path
+
+
+def read_scale(slice: str, files: list[Path], positions: Path) -> tuple[float, list[Path]]:
+    """Micrometres a pixel by the scale factors that lie beside the positions (see `scale`), and their file, if there is one."""
+    prefix = POSITIONS.sub("", positions.name)
+    for path in files:
+        if SCALE.search(path.name) and path.parent == positions.parent and SCALE.sub("", path.name) == prefix:
+            with reading(slice, path), open_text(path) as file:
+                return scale(json.load(file)), [path]
+    return float("nan"), []
 
 
 def _sample(path: Path) -> str:
