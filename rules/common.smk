@@ -37,7 +37,9 @@ def admitted(*splits):
     with open(rows) as table:
         version = table.readline().rstrip("\n")
         if version != "# stpatch admitted 1":
-            raise WorkflowError(f"{rows}: found {version!r}; expected '# stpatch admitted 1'. Delete it, run again.")
+            raise WorkflowError(
+                f"{rows}: found {version!r}; expected '# stpatch admitted 1'. Delete it, run again."
+            )
         header = table.readline().rstrip("\n").split("\t")
         found = [dict(zip(header, line.rstrip("\n").split("\t"))) for line in table]
     return sorted({row["slice"] for row in found if not splits or row["split"] in splits})

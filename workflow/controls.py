@@ -12,10 +12,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from scipy.linalg import eigh
 from scipy.spatial import cKDTree
+from sklearn.decomposition import PCA
 
-from workflow.errors import SliceError
+from workflow.errors import TooFewCommonGenes
 from workflow.expression import log_normalise
 from workflow.keys import Keys
 
@@ -24,13 +24,6 @@ N_VARIABLE = 2000  # genes of `pca`
 N_COMPONENTS = 50
 RINGS = {6: 1, 18: 2, 36: 3}  # neighbours of a spot -> rings of the hexagonal lattice
 SECTION_APART = 1e4  # `coordinates_section`: section index times this, in micrometres: more than a capture area is wide
-
-
-class TooFewCommonGenes(SliceError):
-    """The sections of a dataset share fewer genes than the controls need."""
-
-    code = "too_few_common_genes"
-    stage = "score"
 
 
 @dataclass
@@ -201,22 +194,11 @@ def most_variable(expression: list[sparse.csr_matrix], n: int) -> np.ndarray:
 def principal_components(expression: list[sparse.csr_matrix], n: int = N_COMPONENTS) -> list[np.ndarray]:
     """Scores on the first n principal components of all sections together, float64 [n_spots, n] each.
 
-    From the exact eigenvectors of the covariance; each is signed so that its greatest entry is positive, so the same
+    By scikit-learn, from the eigenvectors of the covariance: no random state, and signs by its rule, so the same
     counts give the same numbers.
     """
-    n_spots, n_genes = sum(matrix.shape[0] for matrix in expression), expression[0].shape[1]
-    total, gram = np.zeros(n_genes), np.zeros((n_genes, n_genes))
-    for matrix in expression:
-        dense = matrix.toarray()
-        total += dense.sum(axis=0)
-        gram += dense.T @ dense
-    mean = total / n_spots
-    covariance = gram / n_spots - np.outer(mean, mean)
-    _, vectors = eigh(covariance, subset_by_index=(n_genes - n, n_genes - 1))
-    vectors = vectors[:, ::-1]
-    greatest = np.abs(vectors).argmax(axis=0)
-    vectors = vectors * np.sign(vectors[greatest, np.arange(n)])
-    return [matrix @ vectors - mean @ vectors for matrix in expression]
+    scores = PCA(n, svd_solver="covariance_eigh").fit_transform(sparse.vstack(expression).toarray())
+    return np.split(scores, np.cumsum([matrix.shape[0] for matrix in expression])[:-1])
 
 
 def centre(features: np.ndarray) -> np.ndarray:

@@ -176,5 +176,12 @@ class UnsafeArchive(SliceError):
     stage = "download"
 
 
+class TooFewCommonGenes(SliceError):
+    """The sections of a dataset share fewer genes than the controls need."""
+
+    code = "too_few_common_genes"
+    stage = "score"
+
+
 class CatalogueError(ValueError):
     """A table of slices or the config breaks its schema: names the file, the row or key, and the remedy."""

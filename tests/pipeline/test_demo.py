@@ -82,7 +82,7 @@ def test_the_scores_hold_the_model_beside_its_controls(built_demo):
     assert list(scores) == "dataset section method head protocol split metric value".split()
     controls = {"majority", "coordinates", "pca", "neighbour_mean_6", "neighbour_mean_18", "neighbour_mean_36"}
     assert {*controls, "untrained", "stpatch"} <= set(scores["method"])
-    assert {"random20", "leave_section"} <= set(scores["protocol"])
+    assert {"random20", "leave_section", "leave_donor"} <= set(scores["protocol"])
     assert {"knn", "logistic"} <= set(scores["head"])
     assert scores["value"].between(-1, 1).all()
 
