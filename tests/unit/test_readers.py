@@ -205,6 +205,15 @@ def test_a_truncated_gzip_is_unreadable(name, fraction, area, tmp_path):
         read(tmp_path / "GSM900001_sim_t")
 
 
+def test_a_text_matrix_with_a_hole_in_it_is_unreadable(area, tmp_path):
+    write_geo(area, tmp_path)
+    path = tmp_path / "GSM900001_sim_t_matrix.mtx.gz"
+    text = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(text[:-4000] + b"\0" * 2000 + text[-2000:]))
+    with pytest.raises(Unreadable, match="matrix.mtx.gz.*NUL bytes"):
+        read(tmp_path / "GSM900001_sim_t")
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.999])
 @pytest.mark.parametrize("layout", ["spaceranger-2", "cellxgene"])
 def test_a_truncated_h5_is_unreadable(layout, fraction, area, tmp_path):

@@ -19,6 +19,7 @@ tissue, so that all of them should.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from dataclasses import dataclass
@@ -179,7 +180,10 @@ def read_mex(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np
             dtype=object,
         )
     with reading(slice, mtx), open_bytes(mtx) as file:
-        matrix = mmread(file)
+        text = file.read()
+        if b"\0" in text:  # on which mmread leaves its memory
+            raise ValueError("NUL bytes in a text file")
+        matrix = mmread(io.BytesIO(text))
     _check_shape(slice, mtx, matrix.shape, features["id"], spots)
     return sparse.csr_matrix(matrix.T), spots, features
 
