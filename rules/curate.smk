@@ -1,6 +1,6 @@
 """One slice, whatever its source, made into the curated form of docs/format.md, or set apart with the reason.
 
-In: the slice's own files; for remote ones resources/download/{slice}/files.json, for simulated ones
+In: the slice's own files; for remote ones resources/download/{slice}/files.json and labels that are local; for simulated ones
 resources/simulated/{slice}/deposit.json; the tables of gene names.
 Out: <results>/slices/{slice}.h5ad (a rejected slice has no spots, and its reason inside).
 """

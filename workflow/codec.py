@@ -9,7 +9,7 @@ from numcodecs import Blosc, blosc
 
 blosc.use_threads = False  # several threads give other bytes each time
 
-_TO_JSON = json.JSONEncoder(separators=(",", ":")).encode
+_TO_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 LEVELS = {"lz4": 9, "zstd": 3}  # lz4 at 9 is 3% smaller than at 5 and as quick to read
 
 

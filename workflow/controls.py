@@ -43,7 +43,7 @@ class Section:
     array
         int [n, 2], row and column on the capture lattice; None where there is no lattice.
     position
-        float64 [n, 2], x and y; micrometres unless `position_unit` says pixels.
+        float64 [n, 2], x and y; micrometres unless `position_unit` says pixels or pitches.
     donor
         As the catalogue has it; "" where it is unknown.
     """
@@ -81,9 +81,10 @@ def load_section(path: str | Path) -> Section:
         unit = "micrometres" if np.isfinite(scale) else "pixels"
     else:
         array = slice_.obs[[Keys.ARRAY_ROW, Keys.ARRAY_COL]].to_numpy(dtype=np.int64)
-        pitch = float(about["lattice"]["pitch_um"])
+        known_pitch = np.isfinite(float(about["lattice"]["pitch_um"]))  # square lattices may lack it
+        pitch = float(about["lattice"]["pitch_um"]) if known_pitch else 1.0
         step = (pitch / 2, pitch * np.sqrt(3) / 2) if lattice == "staggered" else (pitch, pitch)
-        position, unit = array[:, ::-1] * np.array(step), "micrometres"
+        position, unit = array[:, ::-1] * np.array(step), "micrometres" if known_pitch else "pitches"
     labels = np.full(slice_.n_obs, None, dtype=object)
     if Keys.LABEL in slice_.obs:
         known = slice_.obs[Keys.LABEL].notna().to_numpy()

@@ -114,7 +114,7 @@ def make_grid(adata, layout: str, pitch_um: float) -> Grid:
         slice=slice,
         layout=placed.layout,
         pitch_um=placed.pitch_um,
-        lattice={key: _plain(value) for key, value in sorted(adata.uns[Keys.STPATCH]["lattice"].items())},
+        lattice={key: plain(value) for key, value in sorted(adata.uns[Keys.STPATCH]["lattice"].items())},
         n_spots=n,
         n_merged=int(spots_in[spots_in > 1].sum()),
         counts=counts.reshape(height, width, -1),
@@ -128,7 +128,7 @@ def make_grid(adata, layout: str, pitch_um: float) -> Grid:
     )
 
 
-def _plain(value):
+def plain(value):
     """A numpy or h5ad scalar as JSON knows it; NaN, which JSON does not know, as null."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and math.isnan(value) else value
@@ -152,7 +152,7 @@ def write_grid(grid: Grid, path: str | Path) -> None:
             "format_version": FORMAT_VERSION,
             "slice": grid.slice,
             "layout": grid.layout,
-            "pitch_um": grid.pitch_um,
+            "pitch_um": plain(grid.pitch_um),
             "lattice": grid.lattice,
             "n_spots": grid.n_spots,
             "n_merged": grid.n_merged,
@@ -203,8 +203,9 @@ def read_grid(path: str | Path) -> Grid:
         if checksum != facts["checksums"][name]:
             raise damaged(f"'{name}' with sha256 {checksum}", f"sha256 {facts['checksums'][name]}: a chunk is lost")
     lattice = {key: math.nan if value is None else value for key, value in facts["lattice"].items()}
-    plain = {key: facts[key] for key in ("slice", "layout", "pitch_um", "n_spots", "n_merged")}
-    return Grid(**plain, lattice=lattice, **arrays)
+    pitch_um = math.nan if facts["pitch_um"] is None else facts["pitch_um"]
+    others = {key: facts[key] for key in ("slice", "layout", "n_spots", "n_merged")}
+    return Grid(**others, pitch_um=pitch_um, lattice=lattice, **arrays)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 from workflow import tar
 from workflow.codec import codec, encode_counts, encode_facts, encode_sites
 from workflow.errors import TooFewGenes
-from workflow.grid import Grid, read_grid
+from workflow.grid import Grid, plain, read_grid
 from workflow.layout import lattice_lines
 from workflow.stats import read_vocabulary
 
@@ -66,7 +66,7 @@ def whole_slice(
         "array_col": int(grid.array_col[y, x]),
         "array_rows": rows.tolist(),
         "array_cols": cols.tolist(),
-        "pitch_um": grid.pitch_um,
+        "pitch_um": plain(grid.pitch_um),
         "layout": grid.layout,
         "format_version": FORMAT_VERSION,
         "genes_sha256": genes_sha256,

@@ -7,7 +7,7 @@ import numpy as np
 
 from workflow import tar
 from workflow.codec import codec, encode_counts, encode_facts, encode_sites
-from workflow.grid import read_grid
+from workflow.grid import plain, read_grid
 from workflow.sample import Field, draw_windows
 from workflow.stats import read_vocabulary
 
@@ -100,7 +100,7 @@ if __name__ == "__main__":
     vocabulary = read_vocabulary(snakemake.input.genes)
     write_pack(
         Field(grid, vocabulary.gene_id, params.window, params.target_sum),
-        {"pitch_um": grid.pitch_um, "layout": grid.layout},
+        {"pitch_um": plain(grid.pitch_um), "layout": grid.layout},
         snakemake.output.pack,
         snakemake.output.index,
         n=params.windows_per_slice,

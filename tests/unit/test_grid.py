@@ -226,3 +226,11 @@ def test_padding_adds_unobserved_cells_at_the_far_side():
 def test_layouts_can_be_asked_for_without_loading_zarr_or_numba():
     code = "import workflow.layout, sys; sys.exit(bool({'zarr', 'numba', 'anndata'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_a_pitch_that_nobody_knows_survives_as_null(tmp_path):
+    adata = tiny_slice(kind="square")
+    adata.uns["stpatch"]["lattice"]["pitch_um"] = float("nan")
+    write_grid(make_grid(adata, "auto", 100), tmp_path / "g.zarr")
+    assert "NaN" not in (tmp_path / "g.zarr/zarr.json").read_text()
+    assert np.isnan(read_grid(tmp_path / "g.zarr").pitch_um)
