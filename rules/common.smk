@@ -5,6 +5,7 @@ Out: no files; the names below.
 """
 
 import shlex
+import sys
 
 from workflow.catalogue import check_config, load_roles, merge_roles, resolve
 
@@ -25,10 +26,19 @@ wildcard_constraints:
     dataset="[A-Za-z0-9_-]+",
 
 
-# Jobs find `workflow` and `trainer` from any working directory. A prefix replaces bash's strict mode: restate it.
-# Braces are doubled twice: Snakemake formats the prefix together with the command.
-ROOT_QUOTED = shlex.quote(str(ROOT)).replace("{", "{{{{").replace("}", "}}}}")
-shell.prefix(f"set -euo pipefail; export PYTHONPATH={ROOT_QUOTED}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; ")
+def quoted(text):
+    """For the shell, and with braces doubled twice: Snakemake formats the prefix together with the command."""
+    return shlex.quote(str(text)).replace("{", "{{{{").replace("}", "}}}}")
+
+
+# Jobs find `workflow` and `trainer` from any working directory, and run the interpreter that runs Snakemake, also where its
+# environment isn't activated (with conda: that of the rule's). A prefix replaces bash's strict mode: restate it.
+METHODS = {method.name for method in workflow.deployment_settings.deployment_method}
+shell.prefix(
+    "set -euo pipefail; "
+    f"export PYTHONPATH={quoted(ROOT)}${{{{PYTHONPATH:+:$PYTHONPATH}}}} "
+    f"PYTHON={'python' if METHODS else quoted(sys.executable)}; "
+)
 
 
 def admitted(*splits):

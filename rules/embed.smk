@@ -29,5 +29,5 @@ rule embed:
         folder=lambda w, input: Path(input.weights).parent,
         untrained=lambda w: "--untrained" if w.model == "untrained" else "",
     shell:
-        "python -m trainer.embed --model {params.folder:q} --shards {input.slice:q} --out {output:q}"
+        "$PYTHON -m trainer.embed --model {params.folder:q} --shards {input.slice:q} --out {output:q}"
         " {params.untrained} > {log:q} 2>&1"

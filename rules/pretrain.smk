@@ -40,5 +40,5 @@ rule pretrain:
         ],
     shell:
         # The progress shows on the terminal too.
-        "python -m trainer.pretrain --shards {params.shards:q} --val-shards {params.val_shards:q}"
+        "$PYTHON -m trainer.pretrain --shards {params.shards:q} --val-shards {params.val_shards:q}"
         " --out {params.out:q} --config {input.config:q} {params.flags:q} 2>&1 | tee {log:q}"
