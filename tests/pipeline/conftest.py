@@ -15,7 +15,8 @@ from tests.conftest import ROOT
 def snakemake(*arguments, directory: Path, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
     """Run the repository's Snakefile in `directory`, as a user would; output is captured, stderr joined to stdout."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(directory)]
-    here = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    bare = {"PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}  # the environment isn't activated
+    here = {**os.environ, **bare}
     done = subprocess.run(
         [*command, *map(str, arguments)],
         stdout=subprocess.PIPE,
