@@ -523,3 +523,14 @@ def test_damaged_legacy_tables_end_in_their_errors(changes, error, format, tmp_p
 def test_every_error_of_a_reader_is_a_slice_error():
     for kind in (MissingFile, MissingPositions, NotCounts, PositionsMismatch, Transposed, UnknownFormat, Unreadable):
         assert issubclass(kind, SliceError)
+
+
+def test_fractions_behind_an_integer_header_are_not_cut_off_in_silence(area, tmp_path):
+    write_deposit(area, "spaceranger-1", tmp_path)
+    (path,) = (tmp_path / "outs").rglob("matrix.mtx.gz")
+    lines = gzip.decompress(path.read_bytes()).split(b"\n")
+    last = max(i for i, line in enumerate(lines) if line)
+    assert b"integer" in lines[0]
+    path.write_bytes(gzip.compress(b"\n".join([*lines[:last], lines[last] + b".5", b""])))
+    with pytest.raises(Unreadable, match="fractions in a matrix whose header says integer"):
+        read(tmp_path / "outs")

@@ -183,6 +183,9 @@ def read_mex(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np
         text = file.read()
         if b"\0" in text:  # on which mmread leaves its memory
             raise ValueError("NUL bytes in a text file")
+        numbers = text[re.match(rb"(?:%.*\n)*", text).end() :]
+        if text[:100].split(b"\n")[0].find(b"integer") >= 0 and b"." in numbers:  # mmread would cut the fractions off
+            raise ValueError("fractions in a matrix whose header says integer")
         matrix = mmread(io.BytesIO(text))
     _check_shape(slice, mtx, matrix.shape, features["id"], spots)
     return sparse.csr_matrix(matrix.T), spots, features
