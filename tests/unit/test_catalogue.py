@@ -97,6 +97,13 @@ def test_a_bad_field_is_named_with_line_and_slice(tmp_path, fields, message):
     assert "line 3" in str(caught.value)
 
 
+@pytest.mark.parametrize("column", ["url", "labels"])
+def test_an_address_with_an_unknown_key_is_named_with_line_and_slice(tmp_path, column):
+    bad = row("a", source="url", **{"url": "https://h/a.h5ad", column: "https://h/a.h5ad#md4=0"})
+    with pytest.raises(CatalogueError, match=r"line 3, slice 'a': address https://h/a.h5ad#md4=0: found 'md4=0'"):
+        load_catalogue(write_table(tmp_path / "t.tsv", row("ok"), bad))
+
+
 def test_an_unknown_column_is_named_with_the_nearest_known_one(tmp_path):
     table = write_table(tmp_path / "t.tsv", row("a"), header=[*HEADER, "tisue"])
     with pytest.raises(CatalogueError, match=r"unknown column 'tisue' \(did you mean 'tissue'\?\)"):
