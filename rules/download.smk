@@ -1,19 +1,27 @@
 """Fetch the files of the slices that lie on other machines.
 
 In: the http(s) urls of the catalogue's row; of an archive only the members that curate reads are kept.
-Out: resources/download/{slice}/files.json (path, url, bytes, sha256 and role of each file), written last; it stands for
-the folder, in which the files lie as a Space Ranger folder `outs` or as `{slice}.h5ad`, labels as `labels.tsv`.
+Out: resources/download/{slice}/files.json (what was fetched, or why nothing could be; see docs/format.md), written last; it
+stands for the folder, in which the files lie as a Space Ranger folder `outs` or as `{slice}.h5ad`, labels as `labels.tsv`.
+Beside it: resources/lock/{slice}.tsv, what each file was when it was first seen; resources/archives, archives that several
+slices take members from.
 """
 
-# Hosts that a redirect may lead to, besides those of the row's own urls.
-REDIRECT_HOSTS = []
-REMOTE_SLICES = [
-    name for name, row in SLICES.items() if row["source"] in ("cellxgene", "geo", "10x", "zenodo", "url")
-]
+from workflow.sources import AT_ONCE, AT_ONCE_NCBI, REMOTE_SOURCES, concerning, host_resource, hosts_of
+
+REMOTE_SLICES = {name: hosts_of(row) for name, row in SLICES.items() if row["source"] in REMOTE_SOURCES}
+HOST_RESOURCES = sorted({host_resource(host) for hosts in REMOTE_SLICES.values() for host in hosts})
+
+# Politeness: so many downloads at a time from one host, whatever --cores and --jobs allow; a profile or --resources may say less.
+for name in HOST_RESOURCES:
+    if name not in workflow.global_resources and not workflow.remote_exec:
+        workflow.register_resource(name, AT_ONCE_NCBI if name == "from_ncbi" else AT_ONCE)
 
 
-# Politeness: `--resources downloads=2` (or the profile) bounds the downloads that run at the same time; retries of a
-# whole job are the profile's too.
+def taken_from(resource):
+    return lambda wildcards: int(resource in map(host_resource, REMOTE_SLICES[wildcards.slice]))
+
+
 rule download:
     output:
         "resources/download/{slice}/files.json",
@@ -27,6 +35,7 @@ rule download:
         "../envs/data.yaml"
     threads: 1
     resources:
+        **{name: taken_from(name) for name in HOST_RESOURCES},
         mem_mb=500,
         downloads=1,
     params:
@@ -35,6 +44,11 @@ rule download:
             name: SLICES[wildcards.slice][name]
             for name in ("slice", "url", "sha256", "bytes", "format", "labels")
         },
-        hosts=REDIRECT_HOSTS,
+        mirrors=lambda wildcards: concerning(SLICES[wildcards.slice], config["mirrors"]),
+        redirect_hosts=lambda wildcards: sorted(
+            sum(concerning(SLICES[wildcards.slice], config["redirect_hosts"]).values(), [])
+        ),
+        lock="resources/lock/{slice}.tsv",
+        archives="resources/archives",
     script:
         "../workflow/download.py"

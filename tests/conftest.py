@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.server import serving
+
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
 
@@ -16,3 +18,12 @@ def real_data() -> Path:
     if not REAL.is_dir():
         pytest.skip(f"the real slices are not here: {REAL} does not exist")
     return REAL
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on loopback that plays the public ones (tests/server.py)."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving() as running:
+        yield running

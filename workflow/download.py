@@ -1,561 +1,508 @@
-"""Fetch the files of one remote slice: resumed by range, checked, and put under their names only when whole.
+"""Rule `download`: fetch the files of one remote slice, or say why they can't be had.
 
-It is `requests` and not `pooch`: pooch hashes a file once all of it is there, but can neither resume a range, nor honour
-Retry-After, nor look at a redirect before following it. All three belong to the single request, which requests hands out
-(`stream`, `allow_redirects=False`, the raw bytes).
+`workflow.locators` reads an address, `workflow.geo` chooses among the names of a folder or an archive, `workflow.transfer` brings
+one file, `workflow.archives` takes members out of archives, `workflow.lock` remembers what a file was when it was first seen.
 
-A file grows as `{name}.part` beside `{name}.part.json` (its url, validator and size); a killed download goes on from
-there. What is pinned in the catalogue and already lies under its name is kept; what is not pinned is fetched again.
-For now a download that fails ends its job with the typed error in the log; it does not quarantine the slice.
+A slice that can't be fetched is set apart, as curate sets apart one that can't be used: `files.json` then carries its row of the
+quarantine table, and what was fetched stays beside it. Anything but a `SliceError` ends the job.
 """
 
-import gzip
+import contextlib
+import fcntl
+import fnmatch
 import hashlib
 import json
 import logging
-import os
 import re
-import tarfile
-import time
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-import requests
-from urllib3.exceptions import HTTPError as TransferError
-
+from workflow import geo
+from workflow.archives import ENDINGS, extract, is_archive, names_in, remote_spans
 from workflow.catalogue import REMOTE
 from workflow.errors import (
     CatalogueError,
-    DownloadFailed,
     MissingFile,
     MissingPositions,
     RefusedUrl,
     SliceError,
     SourceChanged,
     UnknownFormat,
-    Unreadable,
-    UnsafeArchive,
 )
+from workflow.locators import Locator, parse
+from workflow.lock import Lock
+from workflow.transfer import Client, Manners, Pin, Source, digest_of, fetch, problem, write
 
 logger = logging.getLogger("download")
 
-CHUNK = 1 << 16  # bytes a read: also what is lost at most when a connection breaks
-BUSY = {408, 425, 429, 500, 502, 503, 504}  # answers worth another try
-HDF5 = b"\x89HDF\r\n\x1a\n"
+FORMAT_VERSION = 1  # of files.json
 POSITIONS = ("tissue_positions.csv", "tissue_positions_list.csv")
 SCALEFACTORS = "scalefactors_json.json"
-ARCHIVE = "spatial.tar.gz"
+SPATIAL = re.compile(r"spatial\.(tar\.gz|tgz|tar|zip)$", re.IGNORECASE)
+H5AD_FORMATS = ("h5ad", "cellxgene")
 
 
-@dataclass(frozen=True)
-class Source:
-    """One file to fetch."""
+def download(row: dict[str, str], folder: Path, lock: Lock, **options) -> dict:
+    """Fetch a slice and write `folder/files.json`, also where that fails for good; returns what it says.
 
-    slice: str
-    url: str
-    path: Path
-    role: str  # "slice", "labels", or "archive" (its members are what counts)
-    pin: tuple[str, str] | None = None  # ("sha256" or "md5", hexadecimal digest)
-    nbytes: int | None = None
+    Parameters
+    ----------
+    row, folder, lock, options
+        As of `fetch_slice`.
+
+    Returns
+    -------
+    ``version``, ``files`` (see `fetch_slice`; empty where the download failed) and ``quarantine``: None, or the row of the
+    quarantine table, whose next step says how to have it tried again.
+
+    Raises
+    ------
+    CatalogueError
+        A row that no download could be made of; a table is corrected, not set apart.
+    """
+    listing, listed = Path(folder) / "files.json", {"version": FORMAT_VERSION, "files": [], "quarantine": None}
+    try:
+        listed["files"] = fetch_slice(row, folder, lock, **options)
+        _tidy(Path(folder), keep={Path(entry["path"]) for entry in listed["files"]})
+    except SliceError as error:
+        logger.error("set apart: %s", error, exc_info=error.__cause__)
+        again = f"; then run again with --forcerun {listing.as_posix()}"
+        listed["quarantine"] = error.as_row() | {"next_step": error.next_step + again}
+    write(listing, json.dumps(listed, indent=1).encode() + b"\n")
+    return listed
 
 
-@dataclass(frozen=True)
-class Manners:
-    """How to behave towards a server (seconds)."""
-
-    hosts: frozenset[str]
-    attempts: int = 6
-    backoff: float = 1.0  # before the second attempt; doubled for each further one
-    longest_wait: float = 300.0
-    timeout: tuple[float, float] = (10.0, 60.0)  # to connect, between two packets
-
-
-class _TryAgain(Exception):
-    """This attempt failed in a way that another may not; the server asked to wait `after` seconds."""
-
-    def __init__(self, found: str, after: float = 0.0) -> None:
-        super().__init__(found)
-        self.after = after
-
-
-def download(row: dict[str, str], folder: Path, *, allow_hosts: Iterable[str] = (), **manners) -> list[dict]:
-    """Fetch every file of a catalogue row and record them in `folder/files.json`.
+def fetch_slice(
+    row: dict[str, str],
+    folder: Path,
+    lock: Lock,
+    *,
+    allow_hosts: Iterable[str] = (),
+    shared: Path | None = None,
+    **manners,
+) -> list[dict]:
+    """Fetch every file of a catalogue row.
 
     Parameters
     ----------
     row
         The columns slice, url, sha256, bytes, format and labels of the catalogue.
     folder
-        Belongs to this slice alone: what `files.json` doesn't list is removed at the end.
+        Belongs to this slice alone.
+    lock
+        What its files were when they were first seen; grows with each that is fetched.
     allow_hosts
         Hosts a redirect may lead to, besides those of the row itself.
+    shared
+        Folder for archives that other slices take members from too; None: each slice fetches its own.
     manners
         Fields of `Manners`.
 
     Returns
     -------
-    The content of `files.json`: a dict a file with `path`, `url`, `bytes`, `sha256`, `role` ("slice" or "labels") and,
-    for what came out of an archive, `member`.
+    A dict a file with `path`, `url`, `bytes`, `sha256`, `role` ("slice" or "labels") and, for what came out of an archive,
+    `member`.
 
     Raises
     ------
     SliceError
-        `UnknownFormat` (no rule for these urls), `RefusedUrl`, `MissingFile` (404), `DownloadFailed`, `SourceChanged`
-        (not the pinned size or checksum), `Unreadable`, `UnsafeArchive`, `MissingPositions`; stage "download".
+        `UnknownFormat` (no rule for these urls), `RefusedUrl`, `MissingFile` (404, or a member that isn't there),
+        `DownloadFailed`, `SourceChanged` (not the size or digest pinned or first seen), `Unreadable`, `UnsafeArchive`,
+        `MissingPositions`, and what `workflow.geo` raises; stage "download".
     CatalogueError
-        More checksums or sizes than urls.
     """
     folder = Path(folder)
-    sources = plan(row, folder)
-    hosts = {urlsplit(source.url).hostname or "" for source in sources} | set(allow_hosts)
-    manners = Manners(hosts=frozenset(hosts), **manners)
-    entries = []
-    with requests.Session() as session:
-        # identity: byte ranges and checksums are those of the file, not of a compressed transfer.
-        session.headers.update({"User-Agent": "stpatch", "Accept-Encoding": "identity"})
-        for source in sources:
-            fetch(source, session, manners)
-            if source.role == "archive":
-                for member, path in extract_spatial(source, folder / "outs" / "spatial").items():
-                    entries.append(_entry(path, source.url, "slice") | {"member": member})
-            else:
-                entries.append(_entry(source.path, source.url, source.role))
-    listing = folder / "files.json"
-    _write(listing, json.dumps(entries, indent=1).encode() + b"\n")
-    _tidy(folder, keep={listing, *(Path(entry["path"]) for entry in entries)})
+    planned = plan(row, folder, shared)
+    hosts = {locator.host for locator, _ in planned} | set(allow_hosts)
+    entries, addresses = [], set()
+    with Client(Manners(hosts=frozenset(hosts), **manners)) as client:
+        for locator, source in planned:
+            for one in resolve(locator, source, client) if source.role == "listing" else [source]:
+                addresses.add(one.address)
+                entries += _bring(locator, one, row, folder, lock, client)
+            if source.role == "listing":
+                _same_as_ever(source, lock, addresses)
+    _complete(row, entries)
     return entries
 
 
-def plan(row: dict[str, str], folder: Path) -> list[Source]:
-    """Which file of a catalogue row goes where, so that the folder looks like what the reader knows.
+def plan(row: dict[str, str], folder: Path, shared: Path | None = None) -> list[tuple[Locator, Source]]:
+    """What a catalogue row asks for, seen without asking anyone.
 
-    `*filtered_feature_bc_matrix.h5`, `*spatial.tar.gz` (or the positions and scale factors singly) become a Space
-    Ranger folder `outs`; one h5ad becomes `{slice}.h5ad`; labels that are a url become `labels.tsv` (`.csv`). Checksums
-    and sizes belong to the urls in order and may stop early; a url may also carry its own as `#sha256=...` or `#md5=...`.
+    A Space Ranger folder `outs` is made of `*_feature_bc_matrix.h5` with `*spatial.tar.gz` or positions and scale factors that
+    lie singly, of flat GEO files, or of an archive that holds them; one h5ad becomes `{slice}.h5ad`; labels that are a url
+    become `labels.tsv` (`.csv`). A GEO folder, or a tar of which only names with a prefix are wanted, is a source with the role
+    ``listing``: `resolve` turns it into files. Checksums and sizes belong to the urls in order and may stop early.
+
+    Raises
+    ------
+    UnknownFormat, RefusedUrl, CatalogueError
     """
-    slice_name, urls = row["slice"], row["url"].split()
+    slice_name, addresses = row["slice"], row["url"].split()
     pins, sizes = row.get("sha256", "").split(), row.get("bytes", "").split()
-    if max(len(pins), len(sizes)) > len(urls):
+    if max(len(pins), len(sizes)) > len(addresses):
         raise CatalogueError(
-            f"slice {slice_name!r}: {len(pins)} checksums and {len(sizes)} sizes for {len(urls)} urls; expected one "
+            f"slice {slice_name!r}: {len(pins)} checksums and {len(sizes)} sizes for {len(addresses)} urls; expected one "
             "a url at most, in their order. Next step: correct sha256 and bytes in the catalogue."
         )
-    sources = []
-    for number, address in enumerate(urls):
-        url, pin = _pinned(address, slice_name)
-        pin = ("sha256", pins[number]) if number < len(pins) else pin
-        nbytes = int(sizes[number]) if number < len(sizes) else None
-        name = unquote(PurePosixPath(urlsplit(url).path).name)
-        path = folder / _place(name, row, url)
-        role = "archive" if path.name == ARCHIVE else "slice"
-        sources.append(Source(slice_name, url, path, role, pin, nbytes))
-    places = [source.path for source in sources]
-    names = {place.name for place in places}
-    whole = names == {f"{slice_name}.h5ad"} or (
-        any(name.endswith("_feature_bc_matrix.h5") for name in names) and names & {ARCHIVE, *POSITIONS}
-    )
-    if len(set(places)) < len(places) or not whole:
-        raise _unknown(row, row["url"])
+    located = [_located(address, slice_name) for address in addresses]
+    names = {locator: _name(locator.url) for locator in located if not _is_listing(locator)}
+    flat = {}
+    if row["format"] == "geo" and (flat_names := [name for at, name in names.items() if not at.members]):
+        flat = _said_of(Source(slice_name, row["url"], folder), geo.choose, flat_names)
+    planned = []
+    for number, locator in enumerate(located):
+        source = Source(
+            slice_name,
+            locator.url,
+            folder,
+            pins=_pins(locator, pins[number] if number < len(pins) else ""),
+            nbytes=int(sizes[number]) if number < len(sizes) else None,
+        )
+        if locator not in names:
+            planned.append((locator, replace(source, role="listing")))
+        elif locator.members or is_archive(Path(names[locator])):
+            planned.append((locator, replace(source, role="archive", path=_archive_place(locator, folder, shared))))
+        elif place := flat.get(names[locator]) or _place(names[locator], row):
+            planned.append((locator, replace(source, path=folder / _named(place, row))))
+        else:
+            raise _unknown(row, locator.url)
+    _makes_a_slice(row, planned)
     if row.get("labels", "").startswith(REMOTE):
-        url, pin = _pinned(row["labels"], slice_name)
-        suffix = ".csv" if urlsplit(url).path.endswith(".csv") else ".tsv"
-        sources.append(Source(slice_name, url, folder / f"labels{suffix}", "labels", pin))
-    return sources
+        locator = _located(row["labels"], slice_name)
+        source = Source(slice_name, locator.url, folder / _labels_name(locator.url), "labels", _pins(locator))
+        if locator.members:
+            source = replace(source, path=_archive_place(locator, folder, shared))
+        planned.append((locator, source))
+    return planned
 
 
-def _pinned(address: str, slice_name: str) -> tuple[str, tuple[str, str] | None]:
-    if not address.startswith(REMOTE):
-        raise _error(
+def resolve(locator: Locator, listing: Source, client: Client) -> list[Source]:
+    """The files of one slice in a GEO folder, or in a tar that is read by member, as `workflow.geo` chooses them.
+
+    Raises
+    ------
+    SliceError
+        What `geo.choose` raises, with slice and address.
+    """
+    if locator.url.endswith("/"):
+        names = [name for name, _ in _said_of(listing, geo.parse_listing, client.text(listing))]
+        places = _said_of(listing, geo.choose, names, locator.prefix)
+        files = [replace(listing, url=locator.url + quote(name), nbytes=None, pins=()) for name in places]
+    else:
+        spans, whole = remote_spans(listing, client)
+        places = _said_of(listing, geo.choose, list(spans), locator.prefix)
+        files = [
+            replace(listing, member=name, span=spans[name], whole=whole, nbytes=spans[name][1], pins=())
+            for name in places
+        ]
+    named = {"slice": listing.slice}
+    return [
+        replace(file, path=listing.path / _named(place, named), role="archive" if is_archive(Path(place)) else "slice")
+        for file, place in zip(files, places.values(), strict=True)
+    ]
+
+
+def _bring(
+    locator: Locator, source: Source, row: dict[str, str], folder: Path, lock: Lock, client: Client
+) -> list[dict]:
+    """Fetch one file, record it, and take out what is wanted if it is an archive: the entries of files.json."""
+    shared = folder not in source.path.parents
+    with _alone(source.path) if shared else contextlib.nullcontext():
+        locks = [lock] + ([Lock(source.slice, source.path.parent / "seen.tsv", [])] if shared else [])
+        source = replace(source, pins=source.pins + sum((known.pins(source.address) for known in locks), ()))
+        fetch(source, client)
+        digest = digest_of(source.path)
+        for known in locks:
+            known.add(source.address, source.path.stat().st_size, digest)
+        if source.role == "slice" or (source.role == "labels" and not locator.members):
+            return [_entry(source.path, source)]
+        return unpack(source, locator.members, row, folder)
+
+
+def unpack(archive: Source, patterns: tuple[str, ...], row: dict[str, str], folder: Path) -> list[dict]:
+    """Take out of an archive that was fetched what the reader needs of one slice, or the one table of labels.
+
+    Parameters
+    ----------
+    archive
+        With the role ``labels`` where the wanted member is one.
+    patterns
+        Names or fnmatch patterns of the wanted members, each of which must match; () for all.
+    row
+        Its slice and format.
+    folder
+        Where the slice's files go.
+
+    Returns
+    -------
+    Entries of files.json, with `member`.
+    """
+    names = names_in(archive)
+    for pattern in patterns:
+        if not _matching(names, pattern):
+            raise problem(
+                MissingFile,
+                archive,
+                found=f"no member {pattern!r} among {len(names)}: {', '.join(names[:8])}",
+                expected="at least one that matches",
+                next_step="correct `member=` of the url in the catalogue",
+            )
+    wanted = sorted({name for pattern in patterns for name in _matching(names, pattern)}) if patterns else names
+    if archive.role == "labels":
+        if len(wanted) > 1:
+            raise _too_many(archive, wanted, "one table of labels")
+        places = {wanted[0]: _labels_name(wanted[0])}
+    elif not patterns and SPATIAL.search(archive.path.name):
+        places = _spatial(archive, wanted)
+    else:
+        h5ad = [name for name in wanted if name.endswith(".h5ad")]
+        if row["format"] in H5AD_FORMATS and h5ad:
+            if len(h5ad) > 1:
+                raise _too_many(archive, h5ad, "one h5ad")
+            places = {h5ad[0]: geo.H5AD}
+        else:
+            places = _members(archive, wanted, patterns)
+    paths = {name: folder / _named(place, row) for name, place in places.items()}
+    extract(archive, paths)
+    entries = []
+    for name, path in paths.items():
+        if is_archive(path):  # a spatial.tar.gz in a zip: its ending says that it holds no further one
+            inner = replace(archive, path=path, role="archive")
+            entries += [one | {"member": f"{name}/{one['member']}"} for one in unpack(inner, (), row, folder)]
+        else:
+            entries.append(_entry(path, archive) | {"member": name})
+    return entries
+
+
+def _matching(names: list[str], pattern: str) -> list[str]:
+    return [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+
+
+def _spatial(archive: Source, names: list[str]) -> dict[str, str]:
+    """Places of the positions and scale factors of a `spatial.tar.gz`; the matrix lies elsewhere."""
+    parents = ("", "spatial")
+    places = {
+        name: f"outs/spatial/{PurePosixPath(name).name}"
+        for name in names
+        if PurePosixPath(name).name in (*POSITIONS, SCALEFACTORS) and PurePosixPath(name).parent.name in parents
+    }
+    if len(set(places.values())) < len(places):
+        raise _too_many(archive, sorted(places), "the positions of one slice")
+    if not {f"outs/spatial/{name}" for name in POSITIONS} & set(places.values()):
+        raise _no_positions(archive, ", ".join(sorted(places)) or "nothing that is needed")
+    return places
+
+
+def _members(archive: Source, names: list[str], patterns: tuple[str, ...]) -> dict[str, str]:
+    """Places of the files of one slice in an archive; of its matrix or its positions alone, where no more was asked for."""
+    single = {name: _place(PurePosixPath(name).name, {"format": "spaceranger"}) for name in names}
+    if patterns and len(names) == 1 and any(single.values()):
+        return single
+    if patterns and {PurePosixPath(place).parent.name for place in single.values() if place} == {"spatial"}:
+        if not any(name.endswith((".mtx", ".mtx.gz", ".h5")) for name in names):
+            return _spatial(archive, names)
+    return _said_of(archive, geo.choose_members, names)
+
+
+def _located(address: str, slice_name: str) -> Locator:
+    locator = parse(address)
+    if not address.startswith(REMOTE) or not locator.host:
+        raise problem(
             RefusedUrl,
-            slice=slice_name,
-            file=address,
+            Source(slice_name, address, Path()),
             found="an address that is not http(s)",
             expected="http:// or https://",
             next_step="give its web address, or set `source` to `file` if it lies on this machine",
         )
-    url, fragment = urldefrag(address)
-    pin = re.fullmatch(r"(sha256)=([0-9a-f]{64})|(md5)=([0-9a-f]{32})", fragment)
-    if fragment and not pin:
-        raise CatalogueError(
-            f"slice {slice_name!r}: {address}: expected #sha256=<64 hex digits> or #md5=<32> after the url."
-        )
-    return url, tuple(part for part in pin.groups() if part) if pin else None
+    return locator
 
 
-def _place(name: str, row: dict[str, str], url: str) -> Path:
-    """Where below the slice's folder a file of this name goes."""
-    if row["format"] in ("h5ad", "cellxgene") or (row["format"] == "auto" and name.endswith(".h5ad")):
-        return Path(f"{row['slice']}.h5ad")
+def _is_listing(locator: Locator) -> bool:
+    return locator.url.endswith("/") or bool(locator.prefix)
+
+
+def _pins(locator: Locator, sha256: str = "") -> tuple[Pin, ...]:
+    """What the row and the address pin; one url may have both, and they may not contradict each other."""
+    given = {"sha256": sha256 or locator.sha256, "md5": locator.md5}
+    if sha256 and locator.sha256 not in ("", sha256):
+        raise CatalogueError(f"{locator.url}: two sha256, {sha256} and {locator.sha256}. Next step: leave one of them.")
+    return tuple(Pin(algorithm, digest) for algorithm, digest in given.items() if digest)
+
+
+def _name(url: str) -> str:
+    """File name of a url; Zenodo's ends with `/content` after it."""
+    parts = [unquote(part) for part in urlsplit(url).path.split("/") if part]
+    return next((part for part in reversed(parts) if part != "content"), "").rsplit("/", 1)[-1]
+
+
+def _archive_place(locator: Locator, folder: Path, shared: Path | None) -> Path:
+    """Where an archive goes: addresses that take members of one archive share it, of several slices too where that is asked for."""
+    name = _name(locator.url)
+    ending = next((end for end in ENDINGS if name.lower().endswith(end)), ".zip")
+    key = hashlib.sha256(locator.url.encode()).hexdigest()[:16]
+    stem = "spatial" if SPATIAL.search(name) else "archive"
+    home = shared if shared and locator.members else folder / "archives"
+    return home / key / f"{stem}{ending}"
+
+
+def _labels_name(name: str) -> str:
+    return "labels.csv" if urlsplit(name).path.endswith(".csv") else "labels.tsv"
+
+
+def _named(place: str, row: dict[str, str]) -> str:
+    """A place of `workflow.geo`, the h5ad called by its slice."""
+    return f"{row['slice']}.h5ad" if place == geo.H5AD else place
+
+
+def _place(name: str, row: dict[str, str]) -> str:
+    """Where below the slice's folder a file of this name goes; "" where no reader knows it."""
+    if row["format"] in H5AD_FORMATS or (row["format"] == "auto" and name.endswith(".h5ad")):
+        return geo.H5AD
     if row["format"] in ("spaceranger", "auto"):
-        if name.endswith(ARCHIVE):
-            return Path(ARCHIVE)
         if matrix := re.search(r"(filtered|raw)_feature_bc_matrix\.h5$", name):
-            return Path("outs", matrix[0])
+            return f"outs/{matrix[0]}"
         if positions := re.search(r"tissue_positions(_list)?(?=\.(csv|txt)$)", name):
-            return Path("outs", "spatial", positions[0] + ".csv")
+            return f"outs/spatial/{positions[0]}.csv"
         if name.endswith(SCALEFACTORS):
-            return Path("outs", "spatial", SCALEFACTORS)
-    raise _unknown(row, url)
+            return f"outs/spatial/{SCALEFACTORS}"
+    return ""
+
+
+def _makes_a_slice(row: dict[str, str], planned: list[tuple[Locator, Source]]) -> None:
+    """Refuse, before anything is fetched, what can't become a slice: nothing, two files at one place, a matrix alone."""
+    places = [source.path for _, source in planned if source.role == "slice"]
+    names = {place.name for place in places}
+    packed = [source for _, source in planned if source.role in ("archive", "listing")]
+    spatial = any(name in POSITIONS for name in names) or any(SPATIAL.search(source.path.name) for source in packed)
+    whole = (
+        names == {f"{row['slice']}.h5ad"}
+        or (any(name.endswith("_feature_bc_matrix.h5") for name in names) and spatial)
+        or any(source.role == "listing" or not SPATIAL.search(source.path.name) for source in packed)
+        or row["format"] == "geo"
+    )
+    known = row["format"] in (*H5AD_FORMATS, "spaceranger", "geo", "auto")
+    if len(set(places)) < len(places) or not (whole and known):
+        raise _unknown(row, row["url"])
+
+
+def _complete(row: dict[str, str], entries: list[dict]) -> None:
+    """What was fetched holds a matrix and positions, or an h5ad."""
+    names = [PurePosixPath(entry["path"]).name for entry in entries if entry["role"] == "slice"]
+    about = Source(row["slice"], row["url"], Path())
+    if any(name.endswith(".h5ad") for name in names):
+        return
+    if not any(name.endswith((".h5", ".mtx", ".mtx.gz")) for name in names):
+        raise problem(
+            MissingFile,
+            about,
+            found=", ".join(names) or "nothing",
+            expected="a matrix: a 10x h5, or matrix.mtx with its lists",
+            next_step="complete the urls, or `member=`, of the row in the catalogue",
+        )
+    if not any("tissue_positions" in name.lower() for name in names):
+        raise _no_positions(about, ", ".join(names))
+
+
+def _same_as_ever(listing: Source, lock: Lock, addresses: set[str]) -> None:
+    """A file of this slice that was taken from the listing before must be what is taken now."""
+    gone = [url for url in lock.urls(listing.url) if url not in addresses and url != listing.url]
+    if gone:
+        raise problem(
+            SourceChanged,
+            listing,
+            found=f"{', '.join(sorted(addresses))}",
+            expected=f"{', '.join(gone)}, as it was when first seen",
+            next_step=f"find out why the source changed; if it is right now, delete the slice's lines in {lock.record} "
+            "and in catalogue/aux/*.lock.tsv",
+        )
+
+
+def _said_of(source: Source, chooser, *arguments):
+    """What a chooser of `workflow.geo` returns; its errors get the slice and the address that it doesn't know."""
+    try:
+        return chooser(*arguments)
+    except SliceError as error:
+        told = {"found": error.found, "expected": error.expected, "next_step": error.next_step}
+        raise problem(type(error), source, **told) from error
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Only one job at a time works on a file that several want; the others wait, and then find it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        yield
+
+
+def _entry(path: Path, source: Source) -> dict:
+    entry = {
+        "path": path.as_posix(),
+        "url": source.url,
+        "bytes": path.stat().st_size,
+        "sha256": digest_of(path),
+        "role": "labels" if source.role == "labels" else "slice",
+    }
+    return entry | ({"member": source.member} if source.member else {})
+
+
+def _tidy(folder: Path, keep: set[Path]) -> None:
+    """Remove unpacked archives, and what an earlier row of the catalogue left behind and a reader might pick up."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and path not in keep:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _unknown(row: dict[str, str], where: str) -> SliceError:
-    return _error(
+    return problem(
         UnknownFormat,
-        slice=row["slice"],
-        file=where,
+        Source(row["slice"], where, Path()),
         found=f"format {row['format']} with urls that no download rule knows",
-        expected="a 10x matrix h5 with spatial.tar.gz or tissue positions, or one h5ad",
+        expected="a 10x matrix h5 with spatial.tar.gz or tissue positions, a GEO folder, an archive that holds these, or one h5ad",
         next_step="fetch the files yourself and give their path with `source` set to `file`",
     )
 
 
-def fetch(source: Source, session: requests.Session, manners: Manners) -> None:
-    """Bring one file under its name: only what is missing is asked for, and it is renamed once size and digest hold."""
-    if source.pin and source.path.is_file() and _digest(source.path, source.pin[0]) == source.pin[1]:
-        logger.info("%s is here already", source.path)
-        return
-    source.path.parent.mkdir(parents=True, exist_ok=True)
-    part = source.path.with_name(source.path.name + ".part")
-    started = time.monotonic()
-    for attempt in range(1, manners.attempts + 1):
-        try:
-            resumed = _transfer(source, part, session, manners)
-            _check(source, part, resumed)
-            break
-        except _TryAgain as again:
-            wait = max(min(manners.backoff * 2 ** (attempt - 1), manners.longest_wait), again.after)
-            if wait > manners.longest_wait:
-                raise _failed(source, f"{again}, and the wish to be left alone for {wait:.0f} s") from again
-            if attempt == manners.attempts:
-                raise _failed(source, f"{again} at attempt {attempt} of {manners.attempts}") from again
-            logger.warning("%s: %s; attempt %d of %d in %.1f s", source.url, again, attempt + 1, manners.attempts, wait)
-            time.sleep(wait)
-    with open(part, "rb") as whole:
-        os.fsync(whole.fileno())
-    os.replace(part, source.path)
-    _state(part).unlink(missing_ok=True)
-    size, seconds = source.path.stat().st_size, time.monotonic() - started
-    logger.info("%s: %.1f MB in %.1f s from %s", source.path, size / 1e6, seconds, source.url)
-
-
-def _transfer(source: Source, part: Path, session: requests.Session, manners: Manners) -> bool:
-    """One request, for the missing range where the part can be trusted. True if bytes of an earlier request were kept."""
-    known = _trusted(source, part)
-    have = part.stat().st_size if known else 0
-    if have and have == known["total"]:
-        return True
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    if have and known["validator"]:
-        headers["If-Range"] = known["validator"]
-    try:
-        with _get(source, session, headers, manners) as response:
-            status = response.status_code
-            if have and status in (206, 416):
-                start, total = _content_range(response)
-                if status == 416 and total == have:
-                    return True
-                if status == 416 or start != have or known["total"] not in (None, total):
-                    _discard(part)
-                    raise _TryAgain(f"a range that does not continue the {have} bytes here")
-            elif status == 200:
-                have, total = 0, _length(source, response)
-                _write(_state(part), json.dumps(_describe(source.url, response, total)).encode())
-            else:
-                raise _refusal(source, response)
-            if source.nbytes is not None and total not in (None, source.nbytes):
-                raise _changed(source, f"{total} bytes", f"{source.nbytes} bytes")
-            with open(part, "ab" if have else "wb") as out:
-                for chunk in response.raw.stream(CHUNK, decode_content=False):
-                    out.write(chunk)
-    except (requests.RequestException, TransferError) as broken:
-        raise _TryAgain(f"{type(broken).__name__}: {broken}") from broken
-    if total not in (None, part.stat().st_size):
-        raise _TryAgain(f"{part.stat().st_size} of {total} bytes")
-    return have > 0
-
-
-def _get(source: Source, session: requests.Session, headers: dict, manners: Manners) -> requests.Response:
-    """The answer to a GET, after at most five redirects, each vetted before it is followed."""
-    url = source.url
-    for _ in range(6):
-        response = session.get(url, headers=headers, stream=True, allow_redirects=False, timeout=manners.timeout)
-        if not response.is_redirect:
-            return response
-        response.close()
-        target = urljoin(url, response.headers["Location"])
-        parts = urlsplit(target)
-        downgrade = url.startswith("https:") and parts.scheme == "http"
-        if parts.scheme not in ("http", "https") or parts.hostname not in manners.hosts or downgrade:
-            raise _error(
-                RefusedUrl,
-                slice=source.slice,
-                file=source.url,
-                found=f"a redirect to {target}",
-                expected=f"http(s), never down from https, on {', '.join(sorted(manners.hosts))}",
-                next_step="put the new address into the catalogue, or add its host to REDIRECT_HOSTS in rules/download.smk",
-            )
-        url = target
-    raise _failed(source, "more than five redirects")
-
-
-def _refusal(source: Source, response: requests.Response) -> Exception:
-    status = response.status_code
-    if status in BUSY:
-        return _TryAgain(f"HTTP {status}", after=_retry_after(response.headers.get("Retry-After", "")))
-    if status in (404, 410):
-        return _error(
-            MissingFile,
-            slice=source.slice,
-            file=source.url,
-            found=f"HTTP {status}",
-            expected="the file",
-            next_step="look for its new address and correct `url` in the catalogue",
-        )
-    return _failed(source, f"HTTP {status}")
-
-
-def _retry_after(value: str) -> float:
-    """Seconds that a Retry-After header asks for, given as a number or a date (RFC 9110, section 10.2.3)."""
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    return max((when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
-
-
-def _length(source: Source, response: requests.Response) -> int | None:
-    """Bytes that a whole answer announces; None where its end is marked in another way."""
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if encoding != "identity" and not source.path.name.endswith(".gz"):
-        raise _failed(source, f"Content-Encoding {encoding} where identity was asked for")
-    length = response.headers.get("Content-Length")
-    if length is None and source.pin is None and response.headers.get("Transfer-Encoding") != "chunked":
-        raise _failed(source, "an answer without length, of which a part looks like the whole")
-    return None if length is None else int(length)
-
-
-def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
-    """First byte and total size of a Content-Range header (RFC 9110, section 14.4)."""
-    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
-    first, total = match.groups() if match else (None, None)
-    return (None if first is None else int(first)), (int(total) if total and total != "*" else None)
-
-
-def _describe(url: str, response: requests.Response, total: int | None) -> dict:
-    etag = response.headers.get("ETag", "")
-    strong = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
-    return {"url": url, "validator": strong, "total": total}
-
-
-def _state(part: Path) -> Path:
-    return part.with_name(part.name + ".json")
-
-
-def _trusted(source: Source, part: Path) -> dict | None:
-    """What is known of the part, if its continuation can be checked: by the server's validator or the pinned digest."""
-    if not part.is_file() or not _state(part).is_file():
-        return None
-    known = json.loads(_state(part).read_text())
-    return known if known["url"] == source.url and (known["validator"] or source.pin) else None
-
-
-def _discard(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _state(part).unlink(missing_ok=True)
-
-
-def _check(source: Source, part: Path, resumed: bool) -> None:
-    """Size, digest and first bytes of a whole part; a wrong one is discarded."""
-    wrong = None
-    if source.nbytes is not None and part.stat().st_size != source.nbytes:
-        wrong = _changed(source, f"{part.stat().st_size} bytes", f"{source.nbytes} bytes")
-    elif source.pin and (found := _digest(part, source.pin[0])) != source.pin[1]:
-        wrong = _changed(source, f"{source.pin[0]} {found}", source.pin[1])
-    else:
-        with open(part, "rb") as opened:
-            head = opened.read(512)
-        binary = {".h5": HDF5, ".h5ad": HDF5, ".gz": b"\x1f\x8b"}.get(source.path.suffix)
-        if not head.startswith(binary) if binary else head.lstrip()[:1] in (b"", b"<"):
-            wrong = _error(
-                Unreadable,
-                slice=source.slice,
-                file=source.url,
-                found=f"a file that begins with {head[:16]!r}",
-                expected={HDF5: "HDF5", b"\x1f\x8b": "gzip"}.get(binary, "a table or JSON"),
-                next_step="open the url in a browser: it may lead to a page instead of the file",
-            )
-    if wrong is None:
-        return
-    _discard(part)
-    if resumed:  # its earlier bytes may be those of another version
-        raise _TryAgain(f"not the file expected: {wrong.found}") from wrong
-    raise wrong
-
-
-def extract_spatial(
-    archive: Source, folder: Path, *, max_bytes: int = 4 << 30, max_ratio: int = 200, max_member: int = 64 << 20
-) -> dict[str, Path]:
-    """Take the spot positions and scale factors out of a Space Ranger `spatial.tar.gz`, and nothing else.
-
-    The archive is read once, forwards, and never extracted: an absolute path, `..`, a link, a device or a sparse file
-    anywhere in it refuses the whole archive, and so does unpacking to more than `max_bytes`, to more than `max_ratio`
-    times its own size (but 1 MiB is always fine), or a needed member above `max_member` bytes.
-
-    Returns
-    -------
-    Name in the archive -> file written.
-    """
-
-    def refuse(found: str, expected: str) -> SliceError:
-        return _error(
-            UnsafeArchive,
-            slice=archive.slice,
-            file=archive.url,
-            found=found,
-            expected=expected,
-            next_step="do not unpack it; look at the archive and at where it came from",
-        )
-
-    limit = min(max_bytes, max(max_ratio * archive.path.stat().st_size, 1 << 20))
-    taken: dict[str, tuple[str, bytes]] = {}
-    try:
-        with gzip.open(archive.path) as stream:
-            metered = _Metered(stream, limit)
-            with tarfile.open(fileobj=metered, mode="r|") as tar:
-                for member in tar:
-                    name = PurePosixPath(member.name)
-                    if name.is_absolute() or ".." in name.parts:
-                        raise refuse(f"member {member.name!r}", "relative names without ..")
-                    if not (member.isdir() or (member.isfile() and not member.issparse())):
-                        raise refuse(
-                            f"member {member.name!r}, a link, device or sparse file", "plain files and folders"
-                        )
-                    if name.name not in (*POSITIONS, SCALEFACTORS) or name.parent.name not in ("", "spatial"):
-                        continue
-                    if member.size > max_member or name.name in taken:
-                        raise refuse(
-                            f"member {member.name!r} of {member.size} bytes", f"one, of up to {max_member} bytes"
-                        )
-                    taken[name.name] = (member.name, tar.extractfile(member).read())
-            while metered.read(1 << 20):  # to the end, where gzip keeps its checksum
-                pass
-    except _TooLarge as large:
-        raise refuse(f"more than {limit} bytes unpacked from {archive.path.stat().st_size}", "a smaller one") from large
-    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as broken:
-        raise _error(
-            Unreadable,
-            slice=archive.slice,
-            file=archive.url,
-            found=f"{type(broken).__name__}: {broken}",
-            expected="a whole tar.gz",
-            next_step="check the file at its source; if it is whole there, delete the slice's download folder and rerun",
-        ) from broken
-    if not set(taken) & set(POSITIONS):
-        raise _error(
-            MissingPositions,
-            slice=archive.slice,
-            file=archive.url,
-            found=f"{', '.join(sorted(taken)) or 'nothing that is needed'} in the archive",
-            expected=" or ".join(POSITIONS),
-            next_step="take the row out of the catalogue, or add the url of the positions",
-        )
-    written = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (member_name, data) in taken.items():
-        _write(folder / name, data)
-        written[member_name] = folder / name
-    return written
-
-
-class _TooLarge(Exception):
-    pass
-
-
-class _Metered:
-    """A stream that refuses to yield more than `limit` bytes: the bound holds for skipped members and headers too."""
-
-    def __init__(self, stream, limit: int) -> None:
-        self.stream, self.left = stream, limit
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
-        self.left -= len(data)
-        if self.left < 0:
-            raise _TooLarge
-        return data
-
-
-def _entry(path: Path, url: str, role: str) -> dict:
-    return {
-        "path": path.as_posix(),
-        "url": url,
-        "bytes": path.stat().st_size,
-        "sha256": _digest(path, "sha256"),
-        "role": role,
-    }
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, algorithm).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    with open(fresh, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(fresh, path)
-
-
-def _tidy(folder: Path, keep: set[Path]) -> None:
-    """Remove the unpacked archive, and what an earlier row of the catalogue left behind and a reader might pick up."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path not in keep:
-            path.unlink()
-
-
-def _error(kind: type[SliceError], **fields: str) -> SliceError:
-    error = kind(**fields)
-    error.stage = "download"
-    return error
-
-
-def _failed(source: Source, found: str) -> SliceError:
-    return _error(
-        DownloadFailed,
-        slice=source.slice,
-        file=source.url,
-        found=found,
-        expected="the whole file",
-        next_step="run again later: what was fetched is kept and the rest is asked for",
+def _too_many(archive: Source, names: list[str], expected: str) -> SliceError:
+    return problem(
+        UnknownFormat,
+        archive,
+        found=f"{len(names)} members: {', '.join(names[:6])}",
+        expected=expected,
+        next_step="narrow it with `member=` after the url in the catalogue",
     )
 
 
-def _changed(source: Source, found: str, expected: str) -> SliceError:
-    return _error(
-        SourceChanged,
-        slice=source.slice,
-        file=source.url,
+def _no_positions(source: Source, found: str) -> SliceError:
+    return problem(
+        MissingPositions,
+        source,
         found=found,
-        expected=f"{expected}, as the catalogue pins it",
-        next_step="find out why the source changed; if the new file is right, correct sha256 and bytes in the catalogue",
+        expected=" or ".join(POSITIONS),
+        next_step="take the row out of the catalogue, or add the url of the positions",
     )
 
 
 if __name__ == "__main__":
+    from workflow.lock import shipped
     from workflow.logs import log_to
 
-    log_to(snakemake.log[0])
-    folder = Path(snakemake.output[0]).parent
-    download(snakemake.params.row, folder, allow_hosts=snakemake.params.hosts)
+    terminal = log_to(snakemake.log[0])
+    for shown, level in (("download", logging.WARNING), ("download.progress", logging.INFO)):
+        handler = logging.StreamHandler(terminal)
+        handler.setLevel(level)
+        logging.getLogger(shown).addHandler(handler)
+    params = snakemake.params
+    download(
+        dict(params.row),
+        Path(snakemake.output[0]).parent,
+        Lock(params.row["slice"], params.lock, shipped()),
+        allow_hosts=params.redirect_hosts,
+        mirrors=dict(params.mirrors),
+        shared=Path(params.archives),
+    )

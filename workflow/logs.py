@@ -7,9 +7,10 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 
-def log_to(path: str | Path) -> None:
+def log_to(path: str | Path) -> TextIO:
     """Send this process's stderr, warnings and log records to `path`, for the rest of its life.
 
     File descriptor 2 itself is redirected, so that child processes and C libraries are covered. An uncaught error
@@ -19,6 +20,10 @@ def log_to(path: str | Path) -> None:
     ----------
     path
         The log file; its folder is made, an earlier log is replaced.
+
+    Returns
+    -------
+    The terminal, for the little that a user should see while the job runs.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,3 +43,4 @@ def log_to(path: str | Path) -> None:
         print(f"{kind.__name__}: {error}\n(log: {path})", file=terminal, flush=True)
 
     sys.excepthook = report
+    return terminal

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import re
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from workflow.locators import parse
+
+REMOTE_SOURCES = ("cellxgene", "geo", "10x", "zenodo", "url")
+AT_ONCE = 4  # downloads from one host at a time, unless the profile or --resources says otherwise
+AT_ONCE_NCBI = 3
 
 SKIPPED = (
     ".tif",
@@ -65,3 +73,26 @@ def curate_inputs(row: dict[str, str]) -> dict[str, str | list[Path]]:
         return {"files": [file for place in row["url"].split() for file in files_at(place)] + labels}
     listing = {"listing": f"resources/download/{row['slice']}/files.json"}
     return listing | {"files": labels} if labels else listing
+
+
+def hosts_of(row: dict[str, str]) -> list[str]:
+    """Hosts that a row's urls and labels lie on, sorted; checks every address.
+
+    Raises
+    ------
+    CatalogueError
+        A fragment that `workflow.locators` doesn't know.
+    """
+    addresses = row["url"].split() + ([row["labels"]] if "://" in row["labels"] else [])
+    return sorted({host for host in (parse(address).host for address in addresses) if host})
+
+
+def host_resource(host: str) -> str:
+    """Name of the Snakemake resource that bounds the downloads from a host: all of NCBI counts as one."""
+    return "from_" + ("ncbi" if host.endswith("ncbi.nlm.nih.gov") else re.sub(r"[^a-z0-9]", "_", host.lower()))
+
+
+def concerning(row: dict[str, str], by_host: dict) -> dict:
+    """The entries of a mapping from hosts or ``https://host`` that concern a row: others must not rerun its download."""
+    hosts = hosts_of(row)
+    return {at: value for at, value in by_host.items() if (urlsplit(at).hostname or at) in hosts}

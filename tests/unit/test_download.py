@@ -4,132 +4,51 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import os
-import re
+import random
 import signal
 import subprocess
 import sys
-import tarfile
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from tests.unit.fetching import (
+    BODY,
+    POSITIONS,
+    SPATIAL,
+    WHOLE,
+    archive,
+    files_below,
+    get,
+    h5,
+    lock,
+    row,
+    sha256,
+    zipped,
+)
 from workflow.catalogue import load_catalogue
-from workflow.download import HDF5, Manners, Source, download, extract_spatial, plan
+from workflow.download import download, plan
 from workflow.errors import (
     CatalogueError,
     DownloadFailed,
     MissingFile,
-    MissingPositions,
     RefusedUrl,
-    SliceError,
     SourceChanged,
     UnknownFormat,
     Unreadable,
-    UnsafeArchive,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-BODY = HDF5 + bytes(range(256)) * 4000  # about 1 MB that passes for an h5ad
 FIFTH = len(BODY) // 5
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Serves `server.files[path]`; `server.script[path]` is a list of answers used up first, one a request."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        served = self.server
-        path = self.path.split("?")[0]
-        wanted = self.headers.get("Range")
-        served.seen.append((path, wanted))
-        act = served.script.get(path, []).pop(0) if served.script.get(path) else {}
-        body = served.files.get(path)
-        if "status" in act:
-            self.answer(act["status"], act.get("headers", {}), b"")
-            return
-        if body is None:
-            self.answer(404, {}, b"")
-            return
-        headers = {} if act.get("anonymous") else {"ETag": f'"{sha256(body)[:16]}"'}
-        status, start = 200, 0
-        fresh = self.headers.get("If-Range") in (None, headers.get("ETag"))
-        if wanted and fresh and not act.get("ignore_range"):
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
-            if start >= len(body):
-                self.answer(416, {"Content-Range": f"bytes */{len(body)}"}, b"")
-                return
-            status = 206
-            headers["Content-Range"] = act.get("content_range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.answer(status, headers, body[start:], act)
-
-    def answer(self, status, headers, body, act=()):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        if "no_length" not in act:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        sent = body[: act["cut"]] if "cut" in act else body
-        self.wfile.write(sent)
-        self.server.sent.append(len(sent))
-        if "hold" in act:
-            self.wfile.flush()
-            self.server.released.wait(20)
-        if "cut" in act or "no_length" in act:
-            self.close_connection = True
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        """A client that was killed, or refused what it saw, is no news."""
-
-
 @pytest.fixture
-def server(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    httpd = Server(("127.0.0.1", 0), Handler)
-    httpd.files, httpd.script, httpd.seen, httpd.sent = {"/a.h5ad": BODY}, {}, [], []
-    httpd.released = threading.Event()
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield SimpleNamespace(
-        base=f"http://127.0.0.1:{httpd.server_port}",
-        files=httpd.files,
-        script=httpd.script,
-        seen=httpd.seen,
-        sent=httpd.sent,
-    )
-    httpd.released.set()
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
-
-
-def row(server, *paths: str, **columns: str) -> dict[str, str]:
-    blank = {"slice": "s1", "sha256": "", "bytes": "", "format": "h5ad", "labels": ""}
-    return blank | {"url": " ".join(server.base + path for path in paths or ("/a.h5ad",))} | columns
-
-
-def get(row, folder, **manners):
-    return download(row, folder, backoff=0.01, **manners)
+def server(server):
+    server.files["/a.h5ad"] = BODY
+    return server
 
 
 def part_of(folder: Path) -> Path:
@@ -145,38 +64,17 @@ def interrupt(server, folder, at=FIFTH, **columns):
     assert not (folder / "s1.h5ad").exists()
 
 
-def archive(*members: tuple[str, bytes | tarfile.TarInfo]) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for name, content in members:
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-            else:
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return packed.getvalue()
-
-
-POSITIONS = b"AAACAAGTATCTCCCA-1,1,50,102,7237,8479\n"
-SPATIAL = archive(
-    ("spatial/tissue_hires_image.png", b"\x89PNG" * 1000),
-    ("spatial/._tissue_positions_list.csv", b"AppleDouble"),
-    ("spatial/tissue_positions_list.csv", POSITIONS),
-    ("spatial/scalefactors_json.json", b'{"spot_diameter_fullres": 96.4}'),
-)
-
-
 # What a download leaves behind
 
 
 def test_a_single_h5ad_is_fetched_and_listed(server, tmp_path):
-    entries = get(row(server, sha256=sha256(BODY), bytes=str(len(BODY))), tmp_path)
+    listed = download(row(server, sha256=sha256(BODY), bytes=str(len(BODY))), tmp_path, lock(tmp_path))
     assert (tmp_path / "s1.h5ad").read_bytes() == BODY
-    assert entries == json.loads((tmp_path / "files.json").read_text())
+    assert listed == json.loads((tmp_path / "files.json").read_text())
     path = (tmp_path / "s1.h5ad").as_posix()
     url = server.base + "/a.h5ad"
-    assert entries == [{"path": path, "url": url, "bytes": len(BODY), "sha256": sha256(BODY), "role": "slice"}]
+    entry = {"path": path, "url": url, "bytes": len(BODY), "sha256": sha256(BODY), "role": "slice"}
+    assert listed == {"version": 1, "files": [entry], "quarantine": None}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["files.json", "s1.h5ad"]
 
 
@@ -192,7 +90,7 @@ def test_a_10x_row_becomes_a_space_ranger_folder_with_its_labels(server, tmp_pat
         sha256=f"{sha256(BODY)} {sha256(SPATIAL)}",
         labels=server.base + "/m.tsv" + pin,
     )
-    entries = get(wanted, tmp_path)
+    entries = download(wanted, tmp_path, lock(tmp_path))["files"]
     assert (tmp_path / "outs/filtered_feature_bc_matrix.h5").read_bytes() == BODY
     assert (tmp_path / "outs/spatial/tissue_positions_list.csv").read_bytes() == POSITIONS
     assert (tmp_path / "labels.tsv").read_bytes() == labels
@@ -219,7 +117,7 @@ def test_pinned_files_are_not_fetched_twice_and_leftovers_of_an_older_row_go(ser
     get(row(server, sha256=sha256(BODY)), tmp_path)
     (tmp_path / "outs").mkdir()
     (tmp_path / "outs/filtered_feature_bc_matrix.h5").write_bytes(b"of an older row")
-    get(row(server, sha256=sha256(BODY)), tmp_path)
+    download(row(server, sha256=sha256(BODY)), tmp_path, lock(tmp_path))
     assert len(server.seen) == 1
     assert not (tmp_path / "outs/filtered_feature_bc_matrix.h5").exists()
 
@@ -233,6 +131,29 @@ def test_a_cut_connection_resumes_with_the_missing_range(server, tmp_path):
     assert (tmp_path / "s1.h5ad").read_bytes() == BODY
     assert server.seen == [("/a.h5ad", None), ("/a.h5ad", f"bytes={FIFTH}-")]
     assert server.sent == [FIFTH, len(BODY) - FIFTH]
+
+
+def test_connections_cut_at_random_bytes_end_with_the_right_bytes(server, tmp_path):
+    cuts = [random.Random(seed).randrange(1, 300_000) for seed in range(5)]
+    server.script["/a.h5ad"] = [{"cut": cut} for cut in cuts]
+    get(row(server), tmp_path)
+    assert (tmp_path / "s1.h5ad").read_bytes() == BODY
+    assert sum(server.sent) == len(BODY)  # no byte was sent twice
+    assert len(server.requests) == 6
+
+
+def test_data_that_arrives_wrong_is_asked_for_anew_where_a_digest_tells(server, tmp_path):
+    server.script["/a.h5ad"] = [{"cut": FIFTH, "lie": (1000, b"noise on the line")}]
+    get(row(server, sha256=sha256(BODY)), tmp_path)
+    assert (tmp_path / "s1.h5ad").read_bytes() == BODY
+    assert [asked for _, asked in server.seen] == [None, f"bytes={FIFTH}-", None]
+
+
+def test_a_connection_that_drips_but_is_quick_enough_is_left_alone(server, tmp_path):
+    server.always["/a.h5ad"] = {"drip": (100_000, 0.02)}
+    get(row(server), tmp_path, patience=0.05, slowest=10_000)
+    assert (tmp_path / "s1.h5ad").read_bytes() == BODY
+    assert len(server.requests) == 1
 
 
 def test_a_later_run_resumes_what_an_earlier_one_left(server, tmp_path):
@@ -251,7 +172,7 @@ def test_a_server_that_ignores_the_range_is_read_from_the_start(server, tmp_path
 
 def test_a_file_that_changed_meanwhile_is_read_from_the_start(server, tmp_path):
     interrupt(server, tmp_path)
-    server.files["/a.h5ad"] = changed = HDF5 + b"a newer version" * 70_000
+    server.files["/a.h5ad"] = changed = h5(seed=1)
     get(row(server), tmp_path)
     assert (tmp_path / "s1.h5ad").read_bytes() == changed
 
@@ -275,7 +196,7 @@ def test_a_pinned_digest_vouches_for_a_part_and_a_spoilt_one_is_fetched_anew(ser
 
 def test_a_part_of_another_url_is_not_continued(server, tmp_path):
     interrupt(server, tmp_path)
-    server.files["/b.h5ad"] = other = HDF5 + b"other" * 1000
+    server.files["/b.h5ad"] = other = h5(seed=2, n=5000)
     get(row(server, "/b.h5ad"), tmp_path)
     assert (tmp_path / "s1.h5ad").read_bytes() == other
 
@@ -299,13 +220,24 @@ def test_a_part_that_is_whole_already_is_only_renamed(server, tmp_path, known_to
     assert (tmp_path / "s1.h5ad").read_bytes() == BODY
 
 
+def start(row, folder) -> subprocess.Popen:
+    """A download in a process of its own."""
+    code = (
+        "import json, sys\n"
+        "from workflow.download import download\n"
+        "from workflow.lock import Lock\n"
+        "row, folder, lock = json.loads(sys.argv[1]), *sys.argv[2:]\n"
+        "download(row, folder, Lock('s1', lock, []), backoff=0.01)\n"
+    )
+    record = str(lock(folder).record)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(row), str(folder), record], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+
+
 def test_a_killed_download_fetches_only_the_missing_range(server, tmp_path):
     server.script["/a.h5ad"] = [{"cut": 3 * FIFTH, "hold": True}]
-    code = "import json, sys; from workflow.download import download; download(json.loads(sys.argv[1]), sys.argv[2])"
-    job = subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(row(server)), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    job = start(row(server), tmp_path)
     deadline = time.monotonic() + 15
     while not (part_of(tmp_path).exists() and part_of(tmp_path).stat().st_size > FIFTH):
         assert time.monotonic() < deadline
@@ -319,6 +251,58 @@ def test_a_killed_download_fetches_only_the_missing_range(server, tmp_path):
     assert server.seen[-1] == ("/a.h5ad", f"bytes={have}-")
     assert server.sent[-1] == len(BODY) - have
     assert (tmp_path / "s1.h5ad").read_bytes() == BODY
+
+
+KILLED_AGAIN_AND_AGAIN = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from workflow.download import download
+from workflow.lock import Lock
+
+row, folder, record = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+chance = random.Random(0)
+states = []
+for kill in range(int(sys.argv[4])):
+    job = os.fork()
+    if not job:
+        download(row, folder, Lock("s1", record, []), backoff=0.01)
+        os._exit(0)
+    time.sleep(chance.uniform(0, 0.1))
+    os.kill(job, signal.SIGKILL)
+    os.waitpid(job, 0)
+    final = [p for p in folder.rglob("*") if p.is_file() and not p.name.endswith((".part", ".part.json", ".new"))]
+    states.append({p.relative_to(folder).as_posix(): p.stat().st_size for p in final})
+print(json.dumps(states))
+"""
+
+
+def test_fifty_random_kills_leave_no_partial_file_under_a_final_name(server, tmp_path):
+    matrix, spatial, labels = "/n_filtered_feature_bc_matrix.h5", "/n_spatial.tar.gz", "/m.tsv"
+    server.files |= {matrix: BODY, spatial: SPATIAL, labels: b"ID\tlayer\nA-1\tL1\n"}
+    server.always = {matrix: {"drip": (20_000, 0.03)}, spatial: {"drip": (100, 0.03)}}
+    wanted = row(server, matrix, spatial, format="spaceranger", labels=server.base + labels)
+    folder = tmp_path / "s1"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, json.dumps(wanted), folder, lock(folder).record, "50"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=60,
+    )
+    states = json.loads(done.stdout)
+    assert len(states) == 50
+    server.always = {}
+    download(wanted, folder, lock(folder))
+    whole = {name: len(data) for name, data in files_below(folder).items()}
+    archives = {name for state in states for name in state if name.startswith("archives/")}
+    assert {state.get(name, size) for state in states for name, size in whole.items()} == set(whole.values())
+    assert {name for state in states for name in state} <= whole.keys() | archives
+    assert {state[name] for state in states for name in archives & state.keys()} <= {len(SPATIAL)}
+    assert files_below(folder)["outs/filtered_feature_bc_matrix.h5"] == BODY
+    assert sum(any("matrix" in name for name in state) for state in states) < 50  # most kills met it unfinished
+    ranges = [asked for path, asked in server.seen if path == matrix]
+    assert len(set(ranges)) > 10  # and later jobs went on from what was there
+    assert ranges.count(None) < len(ranges) / 2
 
 
 # Busy and failing servers
@@ -383,7 +367,7 @@ def test_a_changed_size_is_refused_before_the_file_is_read(server, tmp_path):
 
 def test_a_web_page_is_not_taken_for_the_file(server, tmp_path):
     server.files["/a.h5ad"] = b"<!DOCTYPE html><title>Please log in</title>"
-    with pytest.raises(Unreadable, match="expected HDF5"):
+    with pytest.raises(Unreadable, match="expected a whole HDF5 file"):
         get(row(server), tmp_path)
     assert not part_of(tmp_path).exists()
 
@@ -421,7 +405,7 @@ def test_a_redirect_within_the_host_is_followed_and_a_loop_ends(server, tmp_path
 @pytest.mark.parametrize(
     ("columns", "kind"),
     [
-        ({"format": "geo"}, UnknownFormat),
+        ({"format": "geo", "url": "https://h/readme.txt"}, MissingFile),
         ({"format": "spaceranger", "url": "https://h/readme.txt"}, UnknownFormat),
         ({"format": "spaceranger", "url": "https://h/x_filtered_feature_bc_matrix.h5"}, UnknownFormat),
         ({"format": "h5ad", "url": "https://h/a.h5ad https://h/b.h5ad"}, UnknownFormat),
@@ -437,98 +421,104 @@ def test_rows_without_a_rule_are_refused_before_anything_is_fetched(server, tmp_
     assert server.seen == []
 
 
-# Archives
-
-
-def spatial(tmp_path, data: bytes) -> Source:
-    path = tmp_path / "spatial.tar.gz"
-    path.write_bytes(data)
-    return Source("s1", "https://h/x_spatial.tar.gz", path, "archive")
-
-
-def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, link
-    return info
+# A slice that can't be fetched
 
 
 @pytest.mark.parametrize(
-    "member",
+    ("act", "content", "code"),
     [
-        ("/etc/cron.d/x", b"absolute"),
-        ("spatial/../../x", b"climbs"),
-        ("", special("spatial/tissue_positions.csv", tarfile.SYMTYPE, "/etc/passwd")),
-        ("", special("spatial/hard", tarfile.LNKTYPE, "/etc/passwd")),
-        ("", special("spatial/fifo", tarfile.FIFOTYPE)),
-        ("", special("spatial/null", tarfile.CHRTYPE)),
-        ("spatial/tissue_positions_list.csv", b"a second one"),
+        ({"status": 404}, BODY, "missing_file"),
+        ({"status": 503}, BODY, "download_failed"),
+        ({"status": 429, "headers": {"Retry-After": "9999"}}, BODY, "download_failed"),
+        ({"status": 302, "headers": {"Location": "https://evil.example/a.h5ad"}}, BODY, "refused_url"),
+        ({"cut": 100}, BODY, "download_failed"),
+        ({"drip": (10, 0.05)}, BODY, "download_failed"),
+        ({}, BODY[: len(BODY) // 2], "unreadable"),
+        ({}, b"<html>login</html>", "unreadable"),
     ],
+    ids=["404", "500s", "429", "redirect", "cuts", "drip", "truncated-h5", "page"],
 )
-def test_an_archive_with_one_hostile_member_is_refused_whole(tmp_path, member):
-    hostile = archive(("spatial/tissue_positions_list.csv", POSITIONS), member)
-    with pytest.raises(UnsafeArchive, match="slice s1"):
-        extract_spatial(spatial(tmp_path, hostile), tmp_path / "outs/spatial")
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["spatial.tar.gz"]
+def test_a_slice_that_cannot_be_had_is_a_row_that_says_how_to_try_again(server, tmp_path, act, content, code):
+    server.always["/a.h5ad"], server.files["/a.h5ad"] = act, content
+    manners = {"backoff": 0.001, "attempts": 3, "patience": 0.1, "slowest": 10_000}
+    listed = download(row(server), tmp_path, lock(tmp_path), **manners)
+    assert listed == json.loads((tmp_path / "files.json").read_text())
+    assert listed["files"] == []
+    quarantine = listed["quarantine"]
+    assert (quarantine["slice"], quarantine["stage"], quarantine["code"]) == ("s1", "download", code)
+    assert quarantine["next_step"].endswith(f"; then run again with --forcerun {tmp_path.as_posix()}/files.json")
+    assert all(quarantine.values())
+    assert not (tmp_path / "s1.h5ad").exists()
+    server.always.clear()
+    server.files["/a.h5ad"] = BODY
+    (tmp_path / "files.json").unlink()
+    assert download(row(server), tmp_path, lock(tmp_path))["quarantine"] is None
+    assert (tmp_path / "s1.h5ad").read_bytes() == BODY
 
 
-def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path):
-    bomb = archive(("spatial/padding.png", bytes(30_000_000)), ("spatial/tissue_positions_list.csv", POSITIONS))
-    with pytest.raises(UnsafeArchive, match="unpacked"):
-        extract_spatial(spatial(tmp_path, bomb), tmp_path / "out")
-    big = archive(("spatial/tissue_positions_list.csv", POSITIONS * 100))
-    with pytest.raises(UnsafeArchive, match="3800 bytes"):
-        extract_spatial(spatial(tmp_path, big), tmp_path / "out", max_member=3000)
+HOSTILE = archive(*WHOLE, ("../x", b"climbs"))
+POSITIONS_GZ = gzip.compress(POSITIONS * 1000)
 
 
-@pytest.mark.parametrize("at", [0.3, 0.99])
-def test_a_truncated_archive_is_unreadable(tmp_path, at):
-    with pytest.raises(Unreadable):
-        extract_spatial(spatial(tmp_path, SPATIAL[: int(len(SPATIAL) * at)]), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("columns", "content", "code"),
+    [
+        ({"sha256": "0" * 64}, BODY, "source_changed"),
+        ({"bytes": "17"}, BODY, "source_changed"),
+        ({"url": "/a.tar.gz", "format": "spaceranger"}, HOSTILE, "unsafe_archive"),
+        ({"url": "/a.zip", "format": "spaceranger"}, zipped(("bomb.csv", bytes(30_000_000))), "unsafe_archive"),
+        ({"url": "/a.tar.gz", "format": "spaceranger"}, archive(*WHOLE)[:-500], "unreadable"),
+        ({"url": "/a.zip", "format": "spaceranger"}, zipped(*WHOLE)[:-500], "unreadable"),
+        ({"url": "/a.tar.gz", "format": "spaceranger"}, archive(*WHOLE[:3]), "missing_positions"),
+        (
+            {"url": "/m_filtered_feature_bc_matrix.h5 /m_tissue_positions_list.csv.gz", "format": "geo"},
+            POSITIONS_GZ[:-9],
+            "unreadable",
+        ),
+    ],
+    ids=["digest", "size", "hostile-tar", "zip-bomb", "cut-tar", "cut-zip", "no-positions", "cut-gzip"],
+)
+def test_a_slice_whose_files_are_not_what_they_should_be_is_a_row_and_no_file_of_it_is_used(
+    server, tmp_path, columns, content, code
+):
+    paths = columns.get("url", "/a.h5ad").split()
+    server.files |= {paths[0]: BODY, paths[-1]: content}
+    wanted = row(server, *paths, **{name: value for name, value in columns.items() if name != "url"})
+    listed = download(wanted, tmp_path, lock(tmp_path))
+    assert listed["quarantine"]["code"] == code
+    assert listed["quarantine"]["file"].startswith(server.base)
+    assert listed["files"] == []
+    assert not list(tmp_path.rglob("*positions*"))
 
 
-def test_a_corrupt_archive_is_unreadable_even_after_the_members_needed(tmp_path):
-    spoilt = bytearray(SPATIAL)
-    spoilt[-8] ^= 1  # gzip's checksum
-    with pytest.raises(Unreadable):
-        extract_spatial(spatial(tmp_path, bytes(spoilt)), tmp_path / "out")
-    with pytest.raises(Unreadable):
-        extract_spatial(spatial(tmp_path, gzip.compress(b"no tar at all" * 100)), tmp_path / "out")
-
-
-def test_an_archive_without_positions_says_so(tmp_path):
-    with pytest.raises(MissingPositions, match="scalefactors"):
-        extract_spatial(spatial(tmp_path, archive(("spatial/scalefactors_json.json", b"{}"))), tmp_path / "out")
+def test_a_mistake_in_the_table_ends_the_job_instead(server, tmp_path):
+    with pytest.raises(CatalogueError, match="membr"):
+        download(row(server, "/a.zip#membr=x"), tmp_path, lock(tmp_path))
+    assert not (tmp_path / "files.json").exists()
 
 
 # The shipped tables
 
 
-@pytest.mark.parametrize(("table", "n"), [("visium_human", 15), ("downstream", 13)])
-def test_every_row_of_the_shipped_tables_has_a_download_plan_with_a_pinned_matrix(table, n, tmp_path):
+@pytest.mark.parametrize("table", ["visium_human", "visium_mouse", "downstream"])
+def test_every_row_of_the_shipped_tables_has_a_download_plan(table, tmp_path):
     rows = load_catalogue(ROOT / f"catalogue/{table}.tsv")
-    assert len(rows) == n
+    assert rows
     for one in rows:
-        sources = plan(one, tmp_path)
-        assert sources[0].pin is not None
-        assert sources[0].path.name == "filtered_feature_bc_matrix.h5"
-        if one["label_column"]:
-            assert sources[-1].role == "labels"
-            assert sources[-1].pin is not None
+        planned = plan(one, tmp_path)
+        roles = [source.role for _, source in planned]
+        assert set(roles) <= {"slice", "archive", "listing", "labels"}
+        assert roles.count("labels") == one["labels"].startswith("http")
 
 
-def test_no_pretraining_row_is_an_evaluation_slice():
-    train = load_catalogue(ROOT / "catalogue/visium_human.tsv")
-    evaluation = load_catalogue(ROOT / "catalogue/downstream.tsv")
-    for column in ("slice", "accession", "url", "sha256"):
-        assert not {one[column] for one in train} & {one[column] for one in evaluation}
-    assert not [one for one in train if "Breast_Cancer_Block_A" in one["url"] or "Targeted" in one["url"]]
-    tissues = {split: {one["tissue"] for one in train if one["split"] == split} for split in ("train", "val")}
-    assert tissues["val"]
-    assert not tissues["train"] & tissues["val"]
+# What the user sees
 
 
-def test_every_failure_is_a_slice_error_that_names_its_next_step(server, tmp_path):
-    with pytest.raises(SliceError, match=r"slice s1 .*expected .*Next step: ") as failure:
-        get(row(server, "/gone.h5ad"), tmp_path)
-    assert all(failure.value.as_row().values())
-    assert Manners(hosts=frozenset()).attempts > 1
+def test_a_long_download_says_how_far_it_is(server, tmp_path, caplog):
+    server.always["/a.h5ad"] = {"drip": (FIFTH, 0.05)}
+    with caplog.at_level("INFO", logger="download.progress"):
+        get(row(server), tmp_path, report_every=0.08)
+    lines = [record.getMessage() for record in caplog.records if record.name == "download.progress"]
+    assert lines
+    assert all(line.startswith("s1: s1.h5ad 0.") and f"of {len(BODY) / 1e6:.1f} MB, " in line for line in lines)
+    assert lines[-1].endswith("s left")
