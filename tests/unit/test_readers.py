@@ -133,6 +133,75 @@ def test_antibodies_are_dropped(area, tmp_path):
     assert (deposit.counts != area.counts[area.in_tissue][:, np.arange(150) != 3]).nnz == 0
 
 
+def test_columns_without_barcodes_are_the_sorted_spots_in_tissue(area, tmp_path, caplog):
+    write_geo(area, tmp_path)
+    (tmp_path / "GSM900001_sim_t_barcodes.tsv.gz").unlink()
+    table = pd.read_csv(tmp_path / "GSM900001_sim_t_tissue_positions_list.csv.gz", header=None)
+    assert list(table[0]) != sorted(table[0])  # in the order of the array, so that taking it as it is would be wrong
+    assert same(read(tmp_path / "GSM900001_sim_t"), area)
+    assert "no barcodes.tsv" in caplog.text
+
+
+def test_columns_without_barcodes_that_are_not_the_spots_in_tissue_are_refused(area, tmp_path):
+    one_less = area.in_tissue & (np.cumsum(area.in_tissue) > 1)
+    for name, data in mex(dataclasses.replace(area, in_tissue=one_less)).items():
+        if "barcodes" not in name:
+            (tmp_path / f"GSM1_s1_{name}").write_bytes(data)
+    (tmp_path / "GSM1_s1_tissue_positions.csv").write_text(positions(area, header=True))
+    n = int(area.in_tissue.sum())
+    with pytest.raises(
+        MissingFile, match=rf"matrix.mtx.*no barcodes.tsv, and {n - 1} columns for {n} spots.*Next step"
+    ):
+        read(tmp_path / "GSM1_s1")
+
+
+def test_an_h5ad_beside_counts_with_positions_is_not_what_is_read(area, tmp_path):
+    write_geo(area, tmp_path)
+    tiny_h5ad(tmp_path / "GSM900001_sim_t.h5ad", X=np.array([[-1.0, 2], [0, 3], [4, 0]]))  # z-scores
+    for format in ("geo", "auto"):
+        assert same(read(tmp_path / "GSM900001_sim_t", format), area)
+    (tmp_path / "GSM900001_sim_t_tissue_positions_list.csv.gz").unlink()
+    with pytest.raises(NotCounts, match="negative values"):
+        read(tmp_path / "GSM900001_sim_t", "auto")
+    with pytest.raises(MissingPositions):
+        read(tmp_path / "GSM900001_sim_t", "geo")
+
+
+def test_a_lone_h5ad_of_geo_is_read(tmp_path):
+    assert read(tiny_h5ad(tmp_path / "GSM1_s1.h5ad"), "geo").counts.sum() == 10
+
+
+@pytest.mark.parametrize("format", ["auto", "geo"])
+@pytest.mark.parametrize(("beside", "error"), [(False, SliceError), (True, MissingPositions)])
+def test_an_archive_is_to_be_unpacked(beside, error, format, area, tmp_path):
+    (tmp_path / "GSM1_s1_spatial.tar.gz").write_bytes(b"not looked into")
+    if beside:
+        write_tenx_h5(area, tmp_path / "GSM1_s1_filtered_feature_bc_matrix.h5")
+    with pytest.raises(error, match="Next step: unpack GSM1_s1_spatial.tar.gz and name its folder"):
+        read(tmp_path / "GSM1_s1", format)
+
+
+@pytest.mark.parametrize("sample", ["GSM1_unfiltered", "GSM1_draw", "GSM1_raw_s1"])
+def test_a_sample_whose_name_sounds_like_a_kind_of_matrix_is_none(sample, area, tmp_path):
+    """A filtered matrix beside is preferred to the unnamed one, and the unnamed one isn't taken as raw."""
+    for name, data in mex(dataclasses.replace(area, in_tissue=np.ones_like(area.in_tissue))).items():
+        (tmp_path / f"{sample}_{name}").write_bytes(data)
+    write_tenx_h5(area, tmp_path / f"{sample}_filtered_feature_bc_matrix.h5")
+    (tmp_path / f"{sample}_tissue_positions.csv").write_text(positions(area, header=True))
+    deposit = read(tmp_path / sample)
+    assert deposit.file.name.endswith("filtered_feature_bc_matrix.h5")
+    assert same(deposit, area)
+
+
+def test_a_matrix_of_a_sample_named_draw_is_still_held_against_the_tissue(area, tmp_path):
+    for name, data in mex(area).items():
+        (tmp_path / f"GSM1_draw_{name}").write_bytes(data)
+    other = dataclasses.replace(area, in_tissue=np.roll(area.in_tissue, 1234))
+    (tmp_path / "GSM1_draw_tissue_positions.csv").write_text(positions(other, header=True))
+    with pytest.raises(PositionsMismatch, match="in tissue"):
+        read(tmp_path / "GSM1_draw")
+
+
 def test_two_samples_behind_one_prefix_are_refused(area, tmp_path):
     write_geo(area, tmp_path)
     write_geo(dataclasses.replace(area, name="sim_t2"), tmp_path)

@@ -27,7 +27,7 @@ def same(ours, theirs):
 
 
 def mex_files(folder):
-    return tuple(folder / f"{name}.gz" for name in ("matrix.mtx", "barcodes.tsv", "features.tsv"))
+    return tuple(folder / f"{name}.gz" for name in ("matrix.mtx", "features.tsv", "barcodes.tsv"))
 
 
 @pytest.mark.filterwarnings("ignore")

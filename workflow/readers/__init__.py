@@ -11,13 +11,20 @@ from workflow.errors import UnknownFormat
 from workflow.readers.deposit import Deposit, reading
 from workflow.readers.h5ad import read_h5ad
 from workflow.readers.legacy_st import is_spot_table, read_legacy_st
-from workflow.readers.tenx import H5, MTX, read_tenx
+from workflow.readers.tenx import H5, MTX, POSITIONS, has_matrix, read_tenx, unpack
+
+
+def read_geo(slice: str, files: list[Path]) -> Deposit:
+    """What GEO has: flat 10x files, or, only where there is no matrix of these, an h5ad (deposited ones are often scaled)."""
+    h5ad = any(path.suffix.lower() == ".h5ad" for path in files) and not has_matrix(files)
+    return (read_h5ad if h5ad else read_tenx)(slice, files)
+
 
 READERS: dict[str, Callable[[str, list[Path]], Deposit]] = {
     "h5ad": read_h5ad,
     "cellxgene": read_h5ad,
     "spaceranger": read_tenx,
-    "geo": read_tenx,
+    "geo": read_geo,
     "legacy_st": read_legacy_st,
 }
 
@@ -43,8 +50,12 @@ def read_deposit(slice: str, files: list[Path], format: str = "auto") -> Deposit
 
 
 def detect(slice: str, files: list[Path]) -> str:
-    """The catalogue format of files: by name for h5ad and 10x, by content for tables."""
-    if any(path.suffix.lower() == ".h5ad" for path in files):
+    """The catalogue format of files: by name for h5ad and 10x, by content for tables.
+
+    An h5ad beside a 10x matrix and its positions is taken as made from them.
+    """
+    counts = has_matrix(files) and any(POSITIONS.search(path.name) for path in files)
+    if any(path.suffix.lower() == ".h5ad" for path in files) and not counts:
         return "h5ad"
     if any(MTX.search(path.name) for path in files):
         return "spaceranger"
@@ -62,7 +73,7 @@ def detect(slice: str, files: list[Path]) -> str:
         file=str(files[0]),
         found=f"{len(files)} files: {', '.join(path.name for path in files[:6])}",
         expected="an h5ad, a Space Ranger folder, flat 10x files, or a table of spots like 10x13",
-        next_step="name the format in the catalogue, or convert the slice to h5ad",
+        next_step=unpack(files) or "name the format in the catalogue, or convert the slice to h5ad",
     )
 
 

@@ -3,13 +3,17 @@
 What a file is, its name's end tells; how positions are laid out, their content tells:
 
 =============  ==========================================================================================
-matrix         ``*.h5`` (but molecule_info and probes), or ``matrix.mtx`` + ``barcodes.tsv`` + ``features.tsv`` or ``genes.tsv``
+matrix         ``*.h5`` (but molecule_info and probes), or ``matrix.mtx`` + ``features.tsv`` or ``genes.tsv`` + ``barcodes.tsv``
 positions      ``tissue_positions.csv`` or ``tissue_positions_list.csv`` (``.txt``, ``.tsv``), with a header line or without
 scale factors  ``scalefactors_json.json`` in the same folder and after the same prefix as the positions; may be missing
 =============  ==========================================================================================
 
-Each may be gzipped, lie in a folder or follow a prefix that ends in ``_``, ``.`` or ``-``. Filtered matrices are preferred to
-unnamed ones, these to raw ones, h5 to MEX.
+Each may be gzipped (not an h5), lie in a folder or follow a prefix that ends in ``_``, ``.`` or ``-``. Filtered matrices are preferred
+to unnamed ones, these to raw ones, h5 to MEX. Of a raw matrix the spots in tissue count; features that are no 'Gene Expression'
+(antibodies) are dropped. Archives are not looked into: what fetches a deposit unpacks it.
+
+``barcodes.tsv`` may be missing (GSE263617). Space Ranger writes the columns in the lexicographic order of their barcodes, so where
+there are as many columns as spots in tissue, the columns are these spots in that order; otherwise the matrix is refused.
 
 Barcodes of matrix and positions must agree. Where fewer than half do, their ``-1`` suffixes are taken off on both sides,
 if that leaves them distinct. Positions belong to another sample where they then hold less than 90% of the barcodes, or where,
@@ -21,7 +25,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +40,16 @@ from scipy.io import mmread
 from workflow.errors import MissingFile, MissingPositions, PositionsMismatch, Transposed, UnknownFormat, Unreadable
 from workflow.readers.deposit import Deposit, looks_like_barcodes, open_bytes, open_text, reading, scale, strings
 
+logger = logging.getLogger("curate")
+
+NAMED_H5 = re.compile(r"(feature|gene)_bc_matri(x|ces)(_h5)?\.h5$", re.IGNORECASE)
 H5 = re.compile(r"(?<!molecule_info)(?<!probe_bc_matrix)\.h5$", re.IGNORECASE)
 MTX = re.compile(r"matrix\.mtx(\.gz)?$", re.IGNORECASE)
 BARCODES = re.compile(r"barcodes\.tsv(\.gz)?$", re.IGNORECASE)
 FEATURES = re.compile(r"(features|genes)\.tsv(\.gz)?$", re.IGNORECASE)
 POSITIONS = re.compile(r"tissue_positions(_list)?\.(csv|txt|tsv)(\.gz)?$", re.IGNORECASE)
 PARQUET = re.compile(r"tissue_positions\.parquet$", re.IGNORECASE)
+ARCHIVE = re.compile(r"\.(tar|tar\.gz|tgz|zip)$", re.IGNORECASE)
 SCALE = re.compile(r"scalefactors_json\.json(\.gz)?$", re.IGNORECASE)
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 
@@ -50,7 +60,7 @@ FILTERED_BELOW = 0.95
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix among the files: an h5, or the three files of a MEX."""
+    """A matrix among the files: an h5, or a MEX (matrix, features and, unless they are missing, barcodes)."""
 
     paths: tuple[Path, ...]
     rank: tuple[int, bool]  # filtered before unnamed before raw; h5 before MEX
@@ -68,9 +78,11 @@ def read_tenx(slice: str, files: list[Path]) -> Deposit:
     MissingFile, UnknownFormat, Unreadable, Transposed, MissingPositions, PositionsMismatch
     """
     matrix = choose_matrix(slice, files)
-    read = read_h5 if len(matrix.paths) == 1 else read_mex
-    counts, spots, features = read(slice, matrix.paths)
     table, path = read_positions(slice, files, matrix)
+    if len(matrix.paths) == 1:
+        counts, spots, features = read_h5(slice, matrix.paths)
+    else:
+        counts, spots, features = read_mex(slice, matrix.paths, table["barcode"][table["in_tissue"] == 1])
     at = match_spots(slice, spots, table, path, raw=matrix.rank[0] == 2)
     um_per_px, factors = read_scale(slice, files, path)
     expressed = (features["type"] == "Gene Expression").to_numpy()
@@ -95,7 +107,7 @@ def choose_matrix(slice: str, files: list[Path]) -> Matrix:
     lonely = []
     for mtx in (path for path in files if MTX.search(path.name)):
         prefix = MTX.sub("", mtx.name)
-        partners = [
+        features, barcodes = (
             next(
                 (
                     p
@@ -104,21 +116,19 @@ def choose_matrix(slice: str, files: list[Path]) -> Matrix:
                 ),
                 None,
             )
-            for pattern in (BARCODES, FEATURES)
-        ]
-        if all(partners):
-            found.append(Matrix((mtx, *partners), (_rank(mtx), True)))
+            for pattern in (FEATURES, BARCODES)
+        )
+        if features:
+            found.append(Matrix((mtx, features, *filter(None, [barcodes])), (_rank(mtx), True)))
         else:
             lonely.append(mtx)
     if not found:
         raise MissingFile(
             slice=slice,
             file=str(lonely[0] if lonely else files[0].parent),
-            found="matrix.mtx without barcodes.tsv and features.tsv (genes.tsv) of the same prefix"
-            if lonely
-            else "no matrix",
+            found="matrix.mtx without features.tsv (genes.tsv) of the same prefix" if lonely else "no matrix",
             expected="a 10x h5, or matrix.mtx, barcodes.tsv and features.tsv (genes.tsv) side by side",
-            next_step="check the folder or the prefix in the catalogue's url",
+            next_step=unpack(files) or "check the folder or the prefix in the catalogue's url",
         )
     best = min(matrix.rank for matrix in found)
     candidates = [matrix for matrix in found if matrix.rank == best]
@@ -137,7 +147,19 @@ def _rank(path: Path) -> int:
     name = path.name.lower()
     if path.parent.name.lower().endswith("bc_matrix"):
         name = f"{path.parent.name.lower()}/{name}"
-    return 0 if "filtered" in name else 2 if "raw_" in name else 1
+    which = re.findall(r"(?<![a-z])(filtered|raw)(?=[_.-])", name)  # neither "unfiltered" nor a sample named "draw"
+    return {"filtered": 0, "raw": 2}[which[-1]] if which else 1
+
+
+def unpack(files: list[Path]) -> str:
+    """What to do where an archive may hold what is missing; "" if there is none."""
+    archives = [path.name for path in files if ARCHIVE.search(path.name)]
+    return f"unpack {archives[0]} and name its folder in the catalogue's url too" if archives else ""
+
+
+def has_matrix(files: list[Path]) -> bool:
+    """Whether a 10x matrix of whatever kind is among the files, by its name."""
+    return any(MTX.search(path.name) or NAMED_H5.search(path.name) for path in files)
 
 
 def read_h5(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np.ndarray, pd.DataFrame]:
@@ -164,11 +186,18 @@ def read_h5(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np.
     return counts, spots, features
 
 
-def read_mex(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np.ndarray, pd.DataFrame]:
-    """matrix.mtx, barcodes.tsv, features.tsv (or genes.tsv, without types): as `read_h5`."""
-    mtx, barcodes, names = paths
-    with reading(slice, barcodes), open_text(barcodes) as file:
-        spots = np.array([line.split("\t")[0].strip().strip('"') for line in file if line.strip()], dtype=object)
+def read_mex(
+    slice: str, paths: tuple[Path, ...], covered: Iterable[str] = ()
+) -> tuple[sparse.csr_matrix, np.ndarray, pd.DataFrame]:
+    """matrix.mtx, features.tsv (or genes.tsv, without types), barcodes.tsv: as `read_h5`.
+
+    Without barcodes.tsv the columns are the barcodes in ``covered``, sorted: see the top of this module.
+    """
+    mtx, names, *barcodes = paths
+    spots = np.array(sorted(covered), dtype=object)
+    for path in barcodes:
+        with reading(slice, path), open_text(path) as file:
+            spots = np.array([line.split("\t")[0].strip().strip('"') for line in file if line.strip()], dtype=object)
     with reading(slice, names), open_text(names) as file:
         rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
         features = pd.DataFrame(
@@ -183,10 +212,21 @@ def read_mex(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np
         text = file.read()
         if b"\0" in text:  # on which mmread leaves its memory
             raise ValueError("NUL bytes in a text file")
-        numbers = text[re.match(rb"(?:%.*\n)*", text).end() :]
-        if text[:100].split(b"\n")[0].find(b"integer") >= 0 and b"." in numbers:  # mmread would cut the fractions off
+        numbers_at = re.match(rb"(?:%.*\n)*", text).end()
+        if b"integer" in text[:100].split(b"\n")[0] and text.find(b".", numbers_at) >= 0:  # mmread would cut the fractions off
             raise ValueError("fractions in a matrix whose header says integer")
         matrix = mmread(io.BytesIO(text))
+        del text  # 13 bytes an entry
+    if not barcodes:
+        if matrix.shape[1] != len(spots):
+            raise MissingFile(
+                slice=slice,
+                file=str(mtx),
+                found=f"no barcodes.tsv, and {matrix.shape[1]} columns for {len(spots)} spots in tissue",
+                expected="barcodes.tsv, or as many columns as spots in tissue",
+                next_step="get barcodes.tsv from the source: without it nothing tells which column is which spot",
+            )
+        logger.warning("%s: %s has no barcodes.tsv; its columns are taken as the sorted spots in tissue", slice, mtx)
     _check_shape(slice, mtx, matrix.shape, features["id"], spots)
     return sparse.csr_matrix(matrix.T), spots, features
 
@@ -233,7 +273,7 @@ def read_positions(slice: str, files: list[Path], matrix: Matrix) -> tuple[pd.Da
             found=", ".join(str(path) for path in found[:4])
             or f"no positions{' but ' + parquet[0] if parquet else ''}",
             expected="one tissue_positions.csv or tissue_positions_list.csv",
-            next_step="give the positions' path in the catalogue's url too, after the matrix"
+            next_step=unpack(files) or "give the positions' path in the catalogue's url too, after the matrix"
             if not found
             else "give the slice's own folder, or the full prefix of its files, as the catalogue's url",
         )
@@ -244,7 +284,8 @@ def read_positions(slice: str, files: list[Path], matrix: Matrix) -> tuple[pd.Da
         separator = "\t" if "\t" in first else ","
         header = first.split(separator)[0].strip().strip('"').lower() == "barcode"
         with open_text(path) as file:
-            table = pd.read_csv(file, sep=separator, header=0 if header else None, dtype={0: str, "barcode": str})
+            given = {"sep": separator, "header": 0 if header else None, "dtype": {0: str, "barcode": str}}
+            table = pd.read_csv(file, float_precision="round_trip", **given)
         if not header and len(table.columns) == len(COLUMNS):
             table.columns = COLUMNS
         if lacking := [name for name in COLUMNS if name not in table]:
