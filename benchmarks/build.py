@@ -17,26 +17,19 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import sys
 import tarfile
 import tempfile
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
-import anndata
 import numpy as np
+from corpus import load  # puts the repository on the path, too
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from workflow import codec as samples  # noqa: E402
-from workflow.curate import curate  # noqa: E402
-from workflow.grid import Grid, make_grid  # noqa: E402
-from workflow.sample import Field  # noqa: E402
-from workflow.simulate import tiny_slice  # noqa: E402
-from workflow.windows import write_pack  # noqa: E402
+from workflow import codec as samples
+from workflow.grid import Grid, make_grid
+from workflow.sample import Field
+from workflow.windows import write_pack
 
 WINDOW, M, EPSILON, MIN_OBSERVED, TARGET_SUM, CODEC = (16, 16), 512, 1e-6, 0.5, 1e4, "lz4"
 
@@ -87,18 +80,6 @@ class Stpatch:
         facts = {"pitch_um": self.grid.pitch_um, "layout": self.grid.layout}
         draw = {"selection": "weighted", "epsilon": EPSILON, "min_observed": MIN_OBSERVED, "seed": 0}
         write_pack(self.field, facts, path, path.with_suffix(".npy"), n=n, m=M, codec_name=CODEC, **draw)
-
-
-def load(path: str | None, organism: str) -> anndata.AnnData:
-    """A curated slice: read, curated on the spot, or simulated."""
-    if path is None:
-        return tiny_slice(n_genes=12_000, shape=(78, 128), median_depth=3500.0, name="simulated")
-    with warnings.catch_warnings(action="ignore"):
-        adata = anndata.read_h5ad(path)
-        if "stpatch" in adata.uns:
-            return adata
-        row = {"slice": Path(path).stem, "url": str(path), "format": "h5ad", "organism": organism}
-        return curate(row, ROOT / "catalogue/aux", files=[Path(path)])
 
 
 def cpu(call) -> tuple[float, object]:
