@@ -21,6 +21,7 @@ rule data:
         "<results>/curate/quarantine.tsv",
         "<results>/shards/train/index.json",
         "<results>/shards/val/index.json",
+        "<results>/shards/README.md",
 
 
 rule all:
@@ -36,12 +37,25 @@ rule all:
 include: "rules/simulate.smk"
 include: "rules/download.smk"
 include: "rules/curate.smk"
+include: "rules/sketch.smk"
 include: "rules/admit.smk"
 include: "rules/grid.smk"
 include: "rules/stats.smk"
+include: "rules/components.smk"
 include: "rules/shards.smk"
+include: "rules/dataset_card.smk"
 include: "rules/pretrain.smk"
 include: "rules/embed.smk"
 include: "rules/annotate.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
+include: "rules/estimate.smk"
+
+
+# On a cluster these stay where Snakemake runs: what needs the network, and small tables. So does `report`.
+localrules:
+    download,
+    dataset_card,
+    evaluate,
+    curve,
+    scoreboard,

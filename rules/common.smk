@@ -7,7 +7,8 @@ Out: no files; the names below.
 import shlex
 import sys
 
-from workflow.catalogue import check_config, load_roles, merge_roles, resolve
+from workflow.catalogue import check_config, load_ids, load_roles, merge_roles, resolve
+from workflow.guard import barred
 
 ROOT = Path(workflow.basedir)
 RUN = "model"  # folder of the pretrained model below results/pretrain
@@ -18,6 +19,14 @@ check_config(config, ROOT / "workflow/schemas/config.schema.yaml")
 ROLES = load_roles([config["catalogue"], config["downstream"]], root=ROOT)
 SLICES = merge_roles(ROLES)  # slice name -> catalogue row as a dict of str
 DATASETS = sorted({row["split"] for row in ROLES} - {"train", "val"})
+
+# BARRED: slices that must not be pretrained on, and why. What has no other role isn't even fetched; admit lists it.
+BARRED = barred(ROLES, load_ids(ROOT / "catalogue/aux/evaluation_ids.tsv"))
+CURATED = dict.fromkeys(
+    row["slice"]
+    for row in ROLES
+    if config["allow_contamination"] or row["split"] in DATASETS or row["slice"] not in BARRED
+)
 
 
 wildcard_constraints:
@@ -39,6 +48,12 @@ shell.prefix(
     f"export PYTHONPATH={quoted(ROOT)}${{{{PYTHONPATH:+:$PYTHONPATH}}}} "
     f"PYTHON={'python' if METHODS else quoted(sys.executable)}; "
 )
+
+# On one machine so many at a time, on CPU as well; --resources or a profile may say otherwise. Inside a cluster's job such a
+# limit would cut what the job asked for.
+for name, number in {"gpu": 1, "downloads": 8}.items():
+    if name not in workflow.global_resources and not workflow.remote_exec:
+        workflow.register_resource(name, number)
 
 
 def admitted(*splits):

@@ -32,7 +32,7 @@ rule panels:
     conda:
         "../envs/eval.yaml"
     resources:
-        mem_mb=6000,
+        mem_mb=lambda wildcards, attempt: 6000 * attempt,
     params:
         window=config["window"],
         target_sum=config["target_sum"],
@@ -46,6 +46,7 @@ rule qc:
         admitted="<results>/curate/admitted.tsv",
         quarantine="<results>/curate/quarantine.tsv",
         duplicates="<results>/curate/duplicates.tsv",
+        notes="<results>/curate/notes.tsv",
     output:
         figure=report(
             "<results>/report/qc.png",
@@ -64,7 +65,7 @@ rule qc:
     conda:
         "../envs/eval.yaml"
     resources:
-        mem_mb=4000,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
     script:
         "../workflow/qc.py"
 
@@ -85,7 +86,7 @@ rule fill:
     conda:
         "../envs/eval.yaml"
     resources:
-        mem_mb=4000,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
     params:
         slices=lambda w: admitted("train", "val")[:MAX_OVERVIEW],
     script:
@@ -108,7 +109,7 @@ rule curve:
     conda:
         "../envs/eval.yaml"
     resources:
-        mem_mb=2000,
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
     script:
         "../workflow/curve.py"
 
@@ -135,7 +136,7 @@ rule scoreboard:
     conda:
         "../envs/eval.yaml"
     resources:
-        mem_mb=2000,
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
     params:
         allow_contamination=config["allow_contamination"],
     script:
@@ -160,7 +161,7 @@ rule maps:
     conda:
         "../envs/eval.yaml"
     resources:
-        mem_mb=4000,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
     script:
         "../workflow/maps.py"
 
@@ -183,7 +184,7 @@ rule report:
     conda:
         "../envs/report.yaml"
     resources:
-        mem_mb=2000,
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
     params:
         config=config,
         snakefile=str(workflow.main_snakefile),
@@ -191,5 +192,16 @@ rule report:
         "../workflow/report.py"
 
 
+def contaminated():
+    """Pretraining slices that admission kept although they match an evaluation slice; known once it has run."""
+    notes = Path(config["results"]) / "curate/notes.tsv"
+    lines = notes.read_text().splitlines()[2:] if notes.exists() else []
+    return sorted({name for name, kind, _ in (line.split("\t") for line in lines) if kind == "contamination"})
+
+
 # The start page's template sees nothing but the config. A copy: the rules' params keep the user's own.
-config = {**config, "simulated": any(row["source"] == "simulated" for row in ROLES)}
+config = {
+    **config,
+    "simulated": any(row["source"] == "simulated" for row in ROLES),
+    "contaminated": contaminated(),
+}

@@ -58,6 +58,7 @@ def make(results: Path) -> None:
     write_table(results / "curate/admitted.tsv", "admitted", rows, list(rows[0]))
     write_table(results / "curate/quarantine.tsv", "quarantine", [QUARANTINE], list(QUARANTINE))
     write_table(results / "curate/duplicates.tsv", "duplicates", [], ["slice", "duplicate_of", "evidence"])
+    write_table(results / "curate/notes.tsv", "notes", [], ["slice", "kind", "detail"])
     train = [gridded["train0"], gridded["train1"]]
     for split, slices in (("train", train), ("val", [gridded["val0"]])):
         genes_tsv = corpus.vocabulary(train)

@@ -1,42 +1,45 @@
 """Which curated slices go on, and why the others don't.
 
-Everything that must hold for all slices at once is decided here, before any grid is made: organism, duplicates, the
-contamination guard, and whether a slice can be cut into windows at all. A slice that fails one test is listed and left
-out; the run fails only when more than `max_quarantined` of the slices do.
+Everything that must hold for all slices at once is decided here, before any grid is made: organism, targeted panels, the contamination
+guard, duplicates, and whether a slice can be cut into windows at all. A slice that fails one test is listed and left out; the run
+fails only when more than `max_quarantined` of the slices do. docs/hygiene.md says what is recognised and what isn't.
 """
 
 import json
 import logging
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import anndata as ad
 import h5py
 import numpy as np
 from anndata.io import read_elem
 
-from workflow.catalogue import columns
+from workflow.catalogue import PRETRAINED, columns, repeated
 from workflow.errors import CatalogueError, DamagedFile, SliceError, TooFewGenes, WindowTooLarge
+from workflow.fingerprints import recognise
 from workflow.keys import Keys
 from workflow.layout import most_observed, place
+from workflow.sketch import Sketch
+from workflow.twins import find_twins
 
-FORMAT_VERSION = 1  # of the three tables, and of the curated slices read
+FORMAT_VERSION = 1  # of the four tables, and of the curated slices read
 QUARANTINE = ("slice", "stage", "code", "file", "found", "expected", "next_step")
 DUPLICATES = ("slice", "duplicate_of", "evidence")
-PRETRAINING = ("train", "val")
-SET_ASIDE = ("other_organism", "duplicate", "contamination")  # left out on purpose: no fault of the slice
+NOTES = ("slice", "kind", "detail")
+# Left out on purpose: no fault of the slice.
+SET_ASIDE = ("other_organism", "multiple_organisms", "targeted_panel", "duplicate", "contamination")
 
 log = logging.getLogger("admit")
 
 
 @dataclass(frozen=True)
 class Curated:
-    """What admission needs to know of a curated slice; the matrix stays on disk.
+    """What admission needs to know of a curated slice; all else stays on disk, read when it is asked for: a thousand slices must fit.
 
     Attributes
     ----------
-    outline
-        AnnData without X: obs, obsm and uns.
     quarantine
         The row of the quarantine table if curation rejected the slice, else None.
     matrix
@@ -47,18 +50,22 @@ class Curated:
     slice: str
     n_spots: int
     n_genes: int
-    outline: ad.AnnData
     quarantine: dict | None
     matrix: str
 
+    def outline(self) -> ad.AnnData:
+        """The slice without X: obs, obsm and uns."""
+        with h5py.File(self.path) as file:
+            return ad.AnnData(**{name: read_elem(file[name]) for name in ("obs", "obsm", "uns")})
+
     def genes(self) -> set[str]:
-        """Gene ids, read from the file each time: those of a thousand slices would not fit."""
+        """Gene ids."""
         with h5py.File(self.path) as file:
             return set(read_elem(file["var"]).index)
 
 
-def read_outline(path) -> Curated:
-    """Read a curated slice without its matrix.
+def read_curated(path) -> Curated:
+    """Read what a curated slice says of itself.
 
     Raises
     ------
@@ -66,9 +73,8 @@ def read_outline(path) -> Curated:
         Of another version.
     """
     with h5py.File(path) as file:
-        obs, obsm, uns = (read_elem(file[name]) for name in ("obs", "obsm", "uns"))
-        n_genes = file["var"][file["var"].attrs["_index"]].shape[0]
-    facts = uns[Keys.STPATCH]
+        facts = read_elem(file["uns"])[Keys.STPATCH]
+        n_spots, n_genes = map(int, file["X"].attrs["shape"] if "shape" in file["X"].attrs else file["X"].shape)
     if facts["format_version"] != FORMAT_VERSION:
         raise DamagedFile(
             slice=str(facts["slice"]),
@@ -81,9 +87,8 @@ def read_outline(path) -> Curated:
     return Curated(
         path=str(path),
         slice=str(facts["slice"]),
-        n_spots=len(obs),
+        n_spots=n_spots,
         n_genes=n_genes,
-        outline=ad.AnnData(obs=obs, obsm=obsm, uns=uns),
         quarantine=None if rejected is None else {name: str(rejected[name]) for name in QUARANTINE},
         matrix=json.loads(facts["inputs"])[0]["sha256"] if rejected is None else "",  # readers list it first
     )
@@ -99,8 +104,9 @@ def check_windows(curated: Curated, layout, pitch_um, window, genes, min_observe
     TooFewGenes
         Fewer genes than a window draws.
     """
-    placed = place(curated.outline, layout, pitch_um)
-    counted = curated.outline.obs[Keys.TOTAL_COUNTS].to_numpy() > 0
+    outline = curated.outline()
+    placed = place(outline, layout, pitch_um)
+    counted = outline.obs[Keys.TOTAL_COUNTS].to_numpy() > 0
     mask = np.zeros(placed.shape, dtype=bool)
     mask[placed.y[counted], placed.x[counted]] = True
     best = most_observed(mask, tuple(window))
@@ -121,82 +127,235 @@ def check_windows(curated: Curated, layout, pitch_um, window, genes, min_observe
         )
 
 
-def admit(slices: list[Curated], roles: list[dict], organism: str, allow_contamination: bool, **windows):
-    """Decide on every (slice, split) of the tables.
+class Decision(NamedTuple):
+    """Rows of the four tables (docs/format.md)."""
+
+    admitted: list[dict]
+    quarantined: list[dict]
+    duplicates: list[dict]
+    notes: list[dict]
+
+
+def admit(
+    slices: list[Curated],
+    roles: list[dict],
+    *,
+    organism: str,
+    allow_contamination: bool,
+    sketches: list[Sketch] = (),
+    fingerprints: list[Sketch] = (),
+    barred: dict[str, str] | None = None,
+    min_genes: int = 0,
+    **windows,
+) -> Decision:
+    """Decide on every (slice, split) of the tables; the order of slices and roles doesn't matter.
 
     Parameters
     ----------
     slices
-        Every curated slice, rejected ones included.
+        Every curated slice, rejected ones included; barred ones may be missing.
     roles
         Rows of the tables, one a (slice, split).
     organism
         The corpus' organism; slices of another are set apart.
     allow_contamination
-        Keep pretraining slices that are also evaluated.
+        Keep pretraining slices that match an evaluated one, with a note.
+    sketches
+        Of the curated slices, to find the same tissue by.
+    fingerprints
+        Of evaluation slices that may not be here.
+    barred
+        Slices that must not be pretrained on, and why (`workflow.guard.barred`).
+    min_genes
+        A pretraining slice with fewer genes is a targeted panel.
     **windows
         `layout`, `pitch_um`, `window`, `genes`, `min_observed`, for `check_windows` of the pretraining slices.
-
-    Returns
-    -------
-    admitted, quarantined, duplicates
-        Rows of the three tables (docs/format.md).
     """
     by_name = {curated.slice: curated for curated in slices}
-    evaluated = {role["slice"]: role for role in roles if role["split"] not in PRETRAINING}
-    admitted, quarantined, duplicates = [], {}, []
+    barred = barred or {}
+    quarantined: dict[tuple[str, str], dict] = {}
+    duplicates, notes = [], []
 
     def leave_out(role, code, found, expected, next_step):
         row = (role["slice"], "admit", code, role["url"], found, expected, next_step)
         quarantined.setdefault((role["slice"], code), dict(zip(QUARANTINE, row, strict=True)))
 
-    kept_matrices = {}
+    def contaminated(role, how):
+        """Leave a pretraining slice out, or note that it stays."""
+        if allow_contamination:
+            notes.append(
+                dict(zip(NOTES, (role["slice"], "contamination", f"pretrained on although: {how}"), strict=True))
+            )
+            return False
+        leave_out(
+            role,
+            "contamination",
+            how,
+            "no evaluated tissue among the pretraining slices",
+            "none needed: the slice is left out; `allow_contamination: true` keeps it, and the report says so",
+        )
+        return True
+
+    usable = []
     for role in roles:
-        name, curated = role["slice"], by_name[role["slice"]]
+        name, pretrained = role["slice"], role["split"] in PRETRAINED
+        if pretrained and name in barred and contaminated(role, barred[name]):
+            continue
+        curated = by_name[name]
         if curated.quarantine is not None:
             quarantined.setdefault((name, curated.quarantine["code"]), curated.quarantine)
             continue
         if role["organism"] != organism:
-            found = f"organism {role['organism']}"
+            remedy = f"set `organism: {role['organism']}` to build that corpus"
+            leave_out(role, "other_organism", f"organism {role['organism']}", organism, remedy)
+            continue
+        if pretrained and (panel := targeted(role, curated, min_genes)):
             leave_out(
-                role, "other_organism", found, organism, f"set `organism: {role['organism']}` to build that corpus"
+                role, "targeted_panel", panel, "the whole transcriptome", "none needed; `min_genes` sets the line"
             )
             continue
-        if role["split"] in PRETRAINING:
-            twin = kept_matrices.setdefault(curated.matrix, name)
-            if twin != name:
-                duplicates.append(dict(zip(DUPLICATES, (name, twin, "the same counts file by sha256"), strict=True)))
-                leave_out(role, "duplicate", f"the counts file of {twin}", "a file of its own", "remove the row")
-                continue
-            match = contaminates(role, curated, evaluated, by_name)
-            if match and not allow_contamination:
-                leave_out(
-                    role,
-                    "contamination",
-                    match,
-                    "no evaluated slice among the pretraining slices",
-                    "none needed: the slice is left out; `allow_contamination: true` keeps it, and the report says so",
-                )
-                continue
-        try:
-            place(curated.outline, windows["layout"], windows["pitch_um"])
-            if role["split"] in PRETRAINING:
-                check_windows(curated, **windows)
-        except SliceError as error:
-            quarantined.setdefault((name, error.code), error.as_row())
-            continue
-        admitted.append({**role, "n_spots": curated.n_spots, "n_genes": curated.n_genes})
+        usable.append(role)
 
-    vocabulary = set().union(*(by_name[row["slice"]].genes() for row in admitted if row["split"] == "train"))
-    kept = []
-    for row in admitted:
+    kin, unchecked = find_kin(usable, by_name, sketches, fingerprints)
+    candidates = []
+    for role in usable:
+        pretrained = role["split"] in PRETRAINED
+        if pretrained and role["slice"] in kin.evaluated and role["slice"] not in barred:
+            if contaminated(role, kin.evaluated[role["slice"]]):
+                continue
         try:
-            if row["split"] != "train":
-                check_vocabulary(by_name[row["slice"]], vocabulary, windows["genes"] if row["split"] == "val" else 1)
-            kept.append(row)
+            if pretrained:
+                check_windows(by_name[role["slice"]], **windows)
+            else:
+                place(by_name[role["slice"]].outline(), windows["layout"], windows["pitch_um"])
+        except SliceError as error:
+            quarantined.setdefault((role["slice"], error.code), error.as_row())
+            continue
+        candidates.append(role)
+
+    twin_of = choose_twins([role for role in candidates if role["split"] in PRETRAINED], by_name, kin)
+    for role in candidates:
+        if role["split"] in PRETRAINED and role["slice"] in twin_of:
+            kept, evidence = twin_of[role["slice"]]
+            duplicates.append(dict(zip(DUPLICATES, (role["slice"], kept, evidence), strict=True)))
+            leave_out(
+                role,
+                "duplicate",
+                f"{kept} again: {evidence}",
+                "each tissue once",
+                "none needed; duplicates.tsv lists it",
+            )
+    candidates = [role for role in candidates if role["split"] not in PRETRAINED or role["slice"] not in twin_of]
+
+    trained = [by_name[role["slice"]] for role in candidates if role["split"] == "train"]
+    vocabulary: set[str] = set()
+    for curated in trained:
+        vocabulary |= curated.genes()
+    admitted = []
+    for role in candidates:
+        curated = by_name[role["slice"]]
+        try:
+            if role["split"] != "train":
+                check_vocabulary(curated, vocabulary, windows["genes"] if role["split"] == "val" else 1)
+            admitted.append({**role, "n_spots": curated.n_spots, "n_genes": curated.n_genes})
         except TooFewGenes as error:
-            quarantined.setdefault((row["slice"], error.code), error.as_row())
-    return kept, list(quarantined.values()), duplicates
+            quarantined.setdefault((role["slice"], error.code), error.as_row())
+    for name, n in unchecked.items():
+        detail = f"too shallow to compare by content with {n} other slices or fingerprints: too few sampled entries on common genes"
+        notes.append(dict(zip(NOTES, (name, "too_shallow", detail), strict=True)))
+    in_order = [sorted(rows, key=lambda row: list(row.values())) for rows in (duplicates, notes)]
+    return Decision(admitted, list(quarantined.values()), *in_order)
+
+
+def targeted(role: dict, curated: Curated, min_genes: int) -> str:
+    """Why a slice is a targeted panel ("" if it isn't): its source says so, or it measured too few genes."""
+    if "targeted" in role["technology"].lower():
+        return f"technology {role['technology']!r}"
+    return f"{curated.n_genes} genes, fewer than min_genes = {min_genes}" if curated.n_genes < min_genes else ""
+
+
+class Kin(NamedTuple):
+    """What is the same tissue by its content.
+
+    Attributes
+    ----------
+    evaluated
+        Pretraining slice -> which evaluated slice it matches, and how.
+    twins
+        {(slice, slice): evidence} of two pretraining slices, both ways round.
+    """
+
+    evaluated: dict[str, str]
+    twins: dict[tuple[str, str], str]
+
+
+def find_kin(roles: list[dict], by_name: dict[str, Curated], sketches, fingerprints) -> tuple[Kin, dict[str, int]]:
+    """Slices of one tissue, by counts file and by sketch; and for each slice, how many it could not be compared with."""
+    splits: dict[str, set[str]] = {}
+    for role in roles:
+        splits.setdefault(role["slice"], set()).add(role["split"])
+    evaluated = {name: sorted(own - set(PRETRAINED))[0] for name, own in splits.items() if own - set(PRETRAINED)}
+    pretrained = {name for name, own in splits.items() if own & set(PRETRAINED)}
+    kin = Kin({}, {})
+
+    def note(one, other, evidence):
+        for a, b in ((one, other), (other, one)):
+            if a in pretrained and b in evaluated:
+                kin.evaluated.setdefault(a, f"the tissue of {b}, evaluated in {evaluated[b]}: {evidence}")
+            if a in pretrained and b in pretrained:
+                kin.twins.setdefault((a, b), evidence)
+
+    by_file: dict[str, list[str]] = {}
+    for name in sorted(splits):
+        for other in by_file.setdefault(by_name[name].matrix, []):
+            note(name, other, "the same counts file by sha256")
+        by_file[by_name[name].matrix].append(name)
+    sketches = [sketch for sketch in sketches if sketch.slice in splits]
+    simulated = {
+        role["slice"] for role in roles if role["source"] == "simulated"
+    }  # no tissue that anyone could have seen
+    matches, unchecked = find_twins(sketches)
+    for match in matches:
+        note(match.first, match.second, match.evidence)
+    here = {sketch.slice for sketch in sketches}
+    away = [known for known in fingerprints if known.slice not in here]
+    for sketch in sketches:
+        if sketch.slice in pretrained - simulated:
+            matches, n_unchecked = recognise(sketch, away)
+            for match in matches:
+                how = f"the tissue of {match.second}, an evaluation slice: {match.evidence}"
+                kin.evaluated.setdefault(sketch.slice, how)
+            if n_unchecked:
+                unchecked[sketch.slice] = unchecked.get(sketch.slice, 0) + n_unchecked
+    return kin, dict(sorted(unchecked.items()))
+
+
+def choose_twins(roles: list[dict], by_name: dict[str, Curated], kin: Kin) -> dict[str, tuple[str, str]]:
+    """Of slices that are the same tissue one is kept: slice left out -> (slice kept, evidence).
+
+    The one with more spots is kept, then that with more genes, then a pinned one, then the first by name.
+    """
+
+    def rank(role):
+        curated = by_name[role["slice"]]
+        return -curated.n_spots, -curated.n_genes, not role["sha256"], role["slice"]
+
+    ranked = sorted(roles, key=rank)
+    named: dict[str, list[tuple[str, str]]] = {}
+    for better, worse, what in repeated(ranked):
+        named.setdefault(worse, []).append((better, f"the same {what}"))
+    kept, twin_of = [], {}
+    for role in ranked:
+        name = role["slice"]
+        # By id also what is the twin of a twin: an id is the same or it isn't, while containment fades along a chain.
+        by_id = ((twin_of[other][0] if other in twin_of else other, what) for other, what in named.get(name, ()))
+        by_content = ((other, kin.twins[name, other]) for other in kept if (name, other) in kin.twins)
+        twin = next(by_content, None) or next(by_id, None)
+        if twin:
+            twin_of[name] = twin
+        else:
+            kept.append(name)
+    return twin_of
 
 
 def check_vocabulary(curated: Curated, vocabulary: set[str], least: int) -> None:
@@ -211,18 +370,6 @@ def check_vocabulary(curated: Curated, vocabulary: set[str], least: int) -> None
             if vocabulary
             else "admit a training slice: validation and evaluation need a vocabulary",
         )
-
-
-def contaminates(role: dict, curated: Curated, evaluated: dict, by_name: dict) -> str:
-    """How a pretraining slice matches an evaluated one ("" if it doesn't): by name, url or counts file."""
-    url, pin = role["url"].split()[0], role["sha256"].split()[:1]
-    if role["slice"] in evaluated:
-        return f"the slice is evaluated in {evaluated[role['slice']]['split']}"
-    for name, other in evaluated.items():
-        same_source = url == other["url"].split()[0] or (pin and pin == other["sha256"].split()[:1])
-        if same_source or (curated.matrix and curated.matrix == by_name[name].matrix):
-            return f"the counts file of {name}, evaluated in {other['split']}"
-    return ""
 
 
 def check_quarantine(n_slices: int, quarantined: list[dict], max_quarantined: float) -> None:
@@ -244,7 +391,7 @@ def check_quarantine(n_slices: int, quarantined: list[dict], max_quarantined: fl
 
 
 def write_table(path, kind: str, header, rows: list[dict]) -> None:
-    """Write one of the three tables, version line first; tabs and line ends inside a field become spaces."""
+    """Write one of the four tables, version line first; tabs and line ends inside a field become spaces."""
     with open(path, "w", encoding="utf-8") as table:
         table.write(f"# stpatch {kind} {FORMAT_VERSION}\n")
         for fields in [header, *([row[name] for name in header] for row in rows)]:
@@ -252,17 +399,22 @@ def write_table(path, kind: str, header, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
+    from workflow.fingerprints import read_fingerprints
     from workflow.logs import log_to
+    from workflow.sketch import read_sketch
 
     log_to(snakemake.log[0])
-    params = dict(snakemake.params.items())
+    given, params, output = snakemake.input, dict(snakemake.params.items()), snakemake.output
     most, roles = params.pop("max_quarantined"), params.pop("roles")
-    slices = [read_outline(path) for path in snakemake.input]
-    admitted, quarantined, duplicates = admit(slices, roles, **params)
-    for row in quarantined:
+    slices = [read_curated(path) for path in given.slices]
+    sketches, fingerprints = map(read_sketch, given.sketches), read_fingerprints(given.fingerprints)
+    decision = admit(slices, roles, sketches=list(sketches), fingerprints=fingerprints, **params)
+    for row in decision.quarantined:
         log.warning("%s left out: [%s] found %s; expected %s", row["slice"], row["code"], row["found"], row["expected"])
-    check_quarantine(len(slices), quarantined, most)
-    output = snakemake.output
-    write_table(output.admitted, "admitted", [*columns(), "n_spots", "n_genes"], admitted)
-    write_table(output.quarantine, "quarantine", QUARANTINE, quarantined)
-    write_table(output.duplicates, "duplicates", DUPLICATES, duplicates)
+    for row in decision.notes:
+        log.warning("%s: [%s] %s", row["slice"], row["kind"], row["detail"])
+    check_quarantine(len({role["slice"] for role in roles}), decision.quarantined, most)
+    write_table(output.admitted, "admitted", [*columns(), "n_spots", "n_genes"], decision.admitted)
+    write_table(output.quarantine, "quarantine", QUARANTINE, decision.quarantined)
+    write_table(output.duplicates, "duplicates", DUPLICATES, decision.duplicates)
+    write_table(output.notes, "notes", NOTES, decision.notes)

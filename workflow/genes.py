@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import functools
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from scipy import sparse
 
 PREFIX = {"human": "ENSG", "mouse": "ENSMUSG"}
 ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{11})(?:\.\d+)?(?:_PAR_Y)?$")
+GENOME = re.compile(r"^(GRC[a-z]\d+|hg\d+|mm\d+)_+|^(ENS[A-Z]*G)\d{11}")  # before a gene's name, or in its id
+LEAST_OF_GENOME = 0.01  # of the features; a gene or two of another genome are a marker, not an organism
 AMBIGUOUS = ""  # stands in a lookup for a name of several genes
 
 
@@ -88,6 +91,12 @@ def organism_of(names: np.ndarray, tables: dict[str, GeneTable]) -> tuple[str | 
         return _most(hits, "symbols that only one organism has")
     spelled = {organism: sum(name in table.by_symbol for name in names) for organism, table in tables.items()}
     return _most(spelled, "symbols by their spelling")
+
+
+def genomes_of(names: list[str]) -> dict[str, int]:
+    """Genomes that a hundredth of the names or more say they are of (``GRCh38_TP53``, ``ENSMUSG...``), with their number of names."""
+    told = Counter(match[1] or match[2] for match in map(GENOME.match, names) if match)
+    return {genome: n for genome, n in sorted(told.items()) if n >= LEAST_OF_GENOME * len(names)}
 
 
 def _most(hits: dict[str, int], what: str, total: int = 0) -> tuple[str | None, str]:

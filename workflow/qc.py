@@ -1,5 +1,6 @@
 """Overview of the admitted slices (spots, counts, genes) and of those that were rejected or set apart."""
 
+import html
 from pathlib import Path
 
 import h5py
@@ -43,15 +44,21 @@ def draw(names: list[str], depths: list[tuple[np.ndarray, np.ndarray]], roles: d
     return figure
 
 
-def rejected(quarantine: pd.DataFrame, duplicates: pd.DataFrame, simulated: bool) -> str:
-    """The page of rejected and duplicate slices."""
+def rejected(quarantine: pd.DataFrame, duplicates: pd.DataFrame, notes: pd.DataFrame, simulated: bool) -> str:
+    """The page of rejected and duplicate slices, and of what admission remarked on; contamination that was let in is in red."""
     stamp = '<p class="simulated">Simulated data.</p>' if simulated else ""
+    kept = sorted(set(notes.loc[notes["kind"] == "contamination", "slice"]))
+    alarm = (
+        f'<p class="alarm">Pretrained on although they match an evaluation slice: {html.escape(", ".join(kept))}.</p>'
+    )
     return page(
         "Rejected slices",
-        f"{stamp}<h2>Quarantine: {len(quarantine)}</h2>"
+        f"{stamp}{alarm if kept else ''}<h2>Quarantine: {len(quarantine)}</h2>"
         + table(quarantine, "No slice was rejected.")
         + f"<h2>Duplicates: {len(duplicates)}</h2>"
-        + table(duplicates, "No two slices have the same files.")
+        + table(duplicates, "No two slices are the same tissue.")
+        + f"<h2>Remarks: {len(notes)}</h2>"
+        + table(notes, "Every slice could be compared with every other.")
         + '<p class="small">Codes are those of workflow/errors.py; each row says what to do next.</p>',
     )
 
@@ -72,5 +79,5 @@ if __name__ == "__main__":
     simulated = bool((admitted["source"] == "simulated").any())
     depths = [depth(path) for path in given.slices]  # of the first slices by name
     save(draw(names[: len(depths)], depths, roles, len(names)), snakemake.output.figure, simulated)
-    tables = read_table(given.quarantine), read_table(given.duplicates)
+    tables = read_table(given.quarantine), read_table(given.duplicates), read_table(given.notes)
     Path(snakemake.output.rejected).write_text(rejected(*tables, simulated))

@@ -131,7 +131,12 @@ def test_counts_and_genes_of_a_spot_are_read_without_the_matrix(results):
 
 def test_the_page_of_rejected_slices_says_what_to_do_and_escapes_what_it_shows():
     rows = pd.DataFrame([finished.QUARANTINE | {"found": "<script>"}])
-    page = qc.rejected(rows, pd.DataFrame(columns=["slice", "duplicate_of", "evidence"]), simulated=True)
+    none = pd.DataFrame(columns=["slice", "duplicate_of", "evidence"])
+    notes = pd.DataFrame([{"slice": "<kept>", "kind": "contamination", "detail": "pretrained on although: it matches"}])
+    page = qc.rejected(rows, none, notes.iloc[:0], simulated=True)
+    assert 'class="alarm"' not in page
+    alarmed = qc.rejected(rows, none, notes, simulated=True)
+    assert '<p class="alarm">Pretrained on although they match an evaluation slice: &lt;kept&gt;.' in alarmed
     assert "give the raw counts" in page
     assert "&lt;script&gt;" in page
     assert "<script>" not in page
