@@ -41,7 +41,7 @@ import zarr
 from corpus import build, load  # puts the repository on the path, too
 from numcodecs import blosc
 
-from trainer.data import Shards
+from trainer.data import Order, Shards
 
 B = 32
 M, H, W = 512, 16, 16
@@ -98,7 +98,7 @@ class Sides:
         return batched(samples())
 
     def stpatch(self, workers: int) -> Iterator:
-        yield from Shards(self.folder / "train").batches(B, seed=0, workers=workers)
+        yield from Shards(self.folder / "train").batches(Order(B, seed=0), workers=workers)
 
     def tarfile(self) -> Iterator:
         def samples():

@@ -2,9 +2,10 @@
 
 python -m benchmarks.quality --results DIR --out DIR --seeds 0 1 [--genes 2048] -- --gene-embeddings components ...
 
-What stands behind ``--`` goes to ``trainer.pretrain``. DIR is the `results` folder of a corpus (docs/real-slices.md) with the
-whole slices of the sections probed. Prints, for each seed and as mean and half range: held-out masked MSE over that of the
-gene means, and accuracy / ARI of a logistic head, each section tested by what the others taught. Labels train no encoder.
+What stands behind ``--`` goes to ``trainer.pretrain``. DIR is the `results` folder of a corpus (docs/real-slices.md)
+with the whole slices of the sections probed. Prints, for each seed and as mean and half range: held-out masked MSE over
+that of the gene means, and accuracy / ARI of a logistic head, each section tested by what the others taught. Labels
+train no encoder.
 """
 
 from __future__ import annotations

@@ -49,18 +49,9 @@ HEADER = (
     "evidence",
 )
 STAGES = (
-    "simulate",
-    "curate",
-    "sketch",
-    "admit",
-    "grid",
-    "moments",
-    "stats",
-    "components",
-    "windows",
-    "shards",
-    "whole",
-)
+    *("simulate", "curate", "sketch", "admit", "grid", "moments", "stats", "components", "windows", "shards"),
+    *("dataset_card", "whole"),
+)  # in running order
 FOLDERS = {  # what a stage leaves on the disk, below results/
     "curate": "slices/*.h5ad",
     "sketch": "sketches/*.npz",
@@ -69,15 +60,13 @@ FOLDERS = {  # what a stage leaves on the disk, below results/
     "shards": "shards/[tv]*/*.tar",
     "whole": "shards/slices/*.tar",
 }
-BY_SLICE = (
+BY_SPOT = (
+    "curate",
     "sketch",
-    "admit",
+    "grid",
     "moments",
-    "stats",
-    "components",
-    "windows",
-    "shards",
-)  # the others' work grows with the spots
+    "whole",
+)  # whose work grows with the spots, the others' with the slices
 NOTE = """
 import atexit, os, sys
 
@@ -219,7 +208,9 @@ def build(folder: Path, n: int, cores: int) -> dict:
         tables = sorted((folder / "results/benchmarks" / stage).glob("**/*.tsv"))
         stages[stage] = {
             "jobs": len(seen),
-            "s": sum(float(next(csv.DictReader(path.open(), delimiter="\t"))["s"]) for path in tables),
+            "s": sum(float(next(csv.DictReader(path.open(), delimiter="\t"))["s"]) for path in tables)
+            if tables
+            else None,
             "cpu_s": sum(used for _, used in seen),
             "peak_mb": max(peak for peak, _ in seen),
             "bytes": sum(map(size_of, (folder / "results").glob(FOLDERS[stage]))) if stage in FOLDERS else 0,
@@ -261,9 +252,10 @@ def print_build(built: dict, cores: int) -> None:
     )
     for stage, facts in stages.items():
         jobs, size = facts["jobs"], facts["bytes"]
+        seconds = "" if facts["s"] is None else f"{facts['s'] / jobs:.2f}"
         left = f"{size / len(spots):,.0f} | {size / sum(spots):,.0f}" if size else "|"
         print(
-            f"| {stage} | {jobs} | {facts['s'] / jobs:.2f} | {facts['cpu_s'] / jobs:.2f} | {started[stage]:.2f} | "
+            f"| {stage} | {jobs} | {seconds} | {facts['cpu_s'] / jobs:.2f} | {started[stage]:.2f} | "
             f"{facts['peak_mb']:,.0f} | {left} |"
         )
     used = sum(facts["cpu_s"] for facts in stages.values())
@@ -291,7 +283,7 @@ def print_estimate(built: dict, catalogue: Path, cores: int) -> None:
     disk = hours = jobs = 0.0
     for stage, facts in built["stages"].items():
         if stage != "simulate":
-            what, factor = ("slices", by_slice) if stage in BY_SLICE else ("spots", by_spot)
+            what, factor = ("spots", by_spot) if stage in BY_SPOT else ("slices", by_slice)
             size, cpu = facts["bytes"] * factor / 1e9, facts["cpu_s"] * factor / 3600
             disk, hours, jobs = disk + size, hours + cpu, jobs + facts["jobs"] * by_slice
             print(f"| {stage} | {what} | {size:.1f} | {cpu:.2f} |")

@@ -1,16 +1,18 @@
 """One slice, whatever its source, made into the curated form of docs/format.md, or set apart with the reason.
 
 In: the slice's own files; for remote ones resources/download/{slice}/files.json and labels that are local; for simulated ones
-resources/simulated/{slice}/deposit.json; the tables of gene names.
+resources/simulated/{slice}/deposit.json; the map of raw labels where the slice's evaluation set has one; the tables of gene names.
 Out: <results>/slices/{slice}.h5ad (a rejected slice has no spots, and its reason inside).
 """
 
+from workflow.catalogue import label_map
 from workflow.sources import curate_inputs
 
 
 rule curate:
     input:
         unpack(lambda wildcards: curate_inputs(SLICES[wildcards.slice])),
+        label_map=lambda wildcards: label_map(ROLES, wildcards.slice, ROOT) or [],
         genes=expand(ROOT / "catalogue/aux/genes_{organism}.tsv", organism=["human", "mouse"]),
     output:
         "<results>/slices/{slice}.h5ad",

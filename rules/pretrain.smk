@@ -1,8 +1,10 @@
 """Shards become a pretrained encoder.
 
 In: `<results>/shards/{train,val}/index.json`, the trainer's settings (`pretrain.config`).
-Out: `<results>/pretrain/model/` with `model.safetensors`, `config.json`, `genes.tsv`, `metrics.jsonl` and the model
-card `README.md`. On a cluster without GPUs, say `--set-resources pretrain:gpu=0 embed:gpu=0`.
+Out: `<results>/pretrain/model/` with `model.safetensors`, `config.json`, `genes.tsv`, `metrics.jsonl`, `curve.svg` and
+the model card `README.md`. Snapshots lie beside them in `snapshots/`, undeclared, so that a retry goes on from the last
+one; a finished run removes them. A job that is asked to stop (SIGTERM, SIGUSR1) saves one and ends with code 75. On a
+cluster without GPUs, say `--set-resources pretrain:gpu=0 embed:gpu=0`.
 """
 
 
@@ -17,6 +19,7 @@ rule pretrain:
         config=f"<results>/pretrain/{RUN}/config.json",
         genes=f"<results>/pretrain/{RUN}/genes.tsv",
         metrics=f"<results>/pretrain/{RUN}/metrics.jsonl",
+        curve=f"<results>/pretrain/{RUN}/curve.svg",
         card=f"<results>/pretrain/{RUN}/README.md",
     log:
         f"<results>/logs/pretrain/{RUN}.log",
@@ -26,8 +29,11 @@ rule pretrain:
         "../envs/train.yaml"
     threads: 8
     resources:
-        mem_mb=8000,
+        mem_mb=lambda wildcards, attempt: 8000 * min(attempt, 2),
         gpu=1,
+        # One rank on one machine, unless a profile says otherwise (`--set-resources pretrain:ranks=4 pretrain:gpu=4`).
+        nodes=1,
+        ranks=1,  # on each node
     params:
         shards=lambda w, input: Path(input.train).parent,
         val_shards=lambda w, input: Path(input.val).parent,
@@ -39,6 +45,8 @@ rule pretrain:
             if name != "config"
         ],
     shell:
-        # The progress shows on the terminal too.
-        "$PYTHON -m trainer.pretrain --shards {params.shards:q} --val-shards {params.val_shards:q}"
-        " --out {params.out:q} --config {input.config:q} {params.flags:q} 2>&1 | tee {log:q}"
+        # The progress shows on the terminal too. The shell and tee outlive a signal to stop, which is the trainer's.
+        "trap : TERM USR1; $PYTHON -m trainer.launch --nodes {resources.nodes} --ranks {resources.ranks} --cpus {threads}"
+        " -- --shards {params.shards:q} --val-shards {params.val_shards:q}"
+        " --out {params.out:q} --config {input.config:q} {params.flags:q} 2>&1"
+        " | (trap '' TERM USR1; exec tee {log:q})"

@@ -1,8 +1,9 @@
 """Training samples: windows of each slice, then tars of all windows of a split; and whole slices for embedding.
 
-In: <results>/grids/{slice}.zarr, <results>/stats/genes.tsv
+In: <results>/grids/{slice}.zarr, <results>/stats/genes.tsv, <results>/stats/components.safetensors
 Out: <results>/windows/{slice}.bin and .npy (temporary), <results>/shards/{train,val}/ (index.json, samples.npy, genes.tsv,
-and as many tars as the windows fill), <results>/shards/slices/{slice}.tar
+components.safetensors where the config asks for components, and as many tars as the windows fill),
+<results>/shards/slices/{slice}.tar
 """
 
 SAMPLE_SETTINGS = [
@@ -58,6 +59,7 @@ rule shards:
         packs=lambda wildcards: expand("<results>/windows/{slice}.bin", slice=admitted(wildcards.split)),
         indices=lambda wildcards: expand("<results>/windows/{slice}.npy", slice=admitted(wildcards.split)),
         genes="<results>/stats/genes.tsv",
+        components="<results>/stats/components.safetensors" if config["components"] else [],
     output:
         index="<results>/shards/{split}/index.json",
         samples="<results>/shards/{split}/samples.npy",
@@ -92,6 +94,8 @@ rule whole:
         "<results>/shards/slices/{slice}.tar",
     log:
         "<results>/logs/whole/{slice}.log",
+    benchmark:
+        "<results>/benchmarks/whole/{slice}.tsv"
     conda:
         "../envs/data.yaml"
     threads: 1

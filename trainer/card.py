@@ -10,14 +10,17 @@ tags: [spatial-transcriptomics, masked-autoencoder{tag}]
 # stpatch: a masked autoencoder of Visium windows
 {warning}
 A window of {h} x {w} spots by {m} genes is read as an image with one token a spot; {mask_ratio:.0%} of its (spot, gene) entries
-are hidden and predicted from the rest. The features of its encoder describe a spot in its surroundings.
+are hidden and predicted from the rest{whole_sites}. The features of its encoder describe a spot{surroundings}.
 
 ## Held-out windows
 
 {figures}
 
+![learning curve](curve.svg)
+
 ## Model and training
 
+Unit `{unit}`; inputs `{inputs}`, targets `{targets}`, likelihood `{likelihood}`, gene embeddings at first `{gene_embeddings}`.
 {weights:,} weights: width {width}, encoder of depth {depth} ({heads} heads, {feed_forward} hidden units), decoder of depth
 {decoder_depth} and width {decoder_width}, {n_genes:,} genes. {steps:,} steps of {batch_size} windows, {optimizer}, learning rate {lr:g} (cosine),
 weight decay {weight_decay:g}, seed {seed}. All settings: `config.json`; the course of the loss: `metrics.jsonl`.
@@ -74,7 +77,11 @@ def model_card(facts: dict, scores: dict[str, float], n_weights: int) -> str:
     return CARD.format(
         **{name: value for name, value in data.items() if name not in ("genes", "slices")},
         **facts["train"],
+        **{name: value for name, value in facts["objective"].items() if name != "seed"},
         **{name: value for name, value in facts["model"].items() if name not in data},
+        whole_sites=f", and {facts['objective']['mask_sites']:.0%} of its spots whole"
+        * bool(facts["objective"]["mask_sites"]),
+        surroundings=" in its surroundings" * (facts["model"]["unit"] != "spot"),
         tag=", simulated" if simulated else "",
         warning=SIMULATED * simulated + CONTAMINATED * data["allow_contamination"],
         figures=_figures(scores, sum(row["n_windows"] for row in data["held_out"]), simulated),

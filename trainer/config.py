@@ -14,14 +14,23 @@ from trainer.errors import ConfigError
 FORMAT_VERSION = 1  # of the model folder and the embeddings
 
 
-def knob(default: object, help: str) -> dataclasses.Field:
-    """A field with a default that can be set by flag or file; ``help`` says what it does."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def knob(default: object, help: str, free: bool = False) -> dataclasses.Field:
+    """A field with a default that can be set by flag or file; ``help`` says what it does.
+
+    A ``free`` one may change while a run goes on: it has no say in what is learned.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "free": free})
 
 
 def knobs(*classes: type) -> dict[str, dataclasses.Field]:
     """All knobs of these dataclasses by name."""
     return {field.name: field for cls in classes for field in dataclasses.fields(cls) if "help" in field.metadata}
+
+
+def fixed(settings: object) -> dict[str, object]:
+    """The fields of a dataclass that may not change while a run goes on."""
+    fields = dataclasses.fields(settings)
+    return {field.name: getattr(settings, field.name) for field in fields if not field.metadata.get("free")}
 
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:

@@ -4,12 +4,15 @@ In: a model folder and whole-slice tars; out: a safetensors file a slice (docs/f
 
 The rule, where the paper states none:
 
-- *Windows* of the trained size every ``stride`` cells (default: half their shorter side), the last one flush with the border;
-  a slice smaller than the window is padded with unobserved cells at its far side.
+- *Unit patch*: windows of the trained size every ``stride`` cells (default: half their shorter side), the last one
+  flush with the border; a slice smaller than the window is padded with unobserved cells at its far side. The embedding
+  of a spot is the mean of the encoder's features over the windows that cover its cell.
+- *Units spot, multispot, slice*: no windows; every site by itself, then its neighbours and domains in the whole slice.
 - *Genes*: the ``genes`` (default: as many as a training window has) of the greatest variance of normalised expression
   over the slice's observed cells, ties to the lower index; all, where the slice measured fewer.
-- *Embedding* of a spot: the mean of the encoder's features over the windows that cover its cell; spots that layout
-  ``bin`` merged into one cell share it. Nothing is masked.
+- Spots that layout ``bin`` merged into one cell share its embedding. Nothing is masked.
+
+Memory is bounded, whatever ``genes`` and the batch: at most ``AT_ONCE`` values are normalised at a time.
 """
 
 from __future__ import annotations
@@ -23,15 +26,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trainer.config import FORMAT_VERSION
 from trainer.data import FORMAT_VERSION as SHARDS_VERSION
-from trainer.data import REBUILD, check_genes, decode
+from trainer.data import REBUILD, check_genes, decode, lattice_lines
 from trainer.errors import ConfigError, DamagedShards, TrainerError, VocabularyMismatch
 from trainer.expression import log_normalise
 from trainer.files import as_safetensors, write_whole
 from trainer.model import MaskedAutoencoder, load
-from trainer.pretrain import pick_device
+from trainer.ranks import pick_device
+from trainer.units import lattice_places
+
+FACTS = "slice m h w array_row array_col array_rows array_cols layout pitch_um simulated".split()  # of the JSON
+AT_ONCE = 2**26  # values of normalised expression, four bytes each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +61,7 @@ class WholeSlice:
                 members = {member.name.partition(".")[2]: tar.extractfile(member).read() for member in tar}
             facts = json.loads(members["json"])
             counts, sites, cell = (members[f"{name}.blosc"] for name in ("counts", "sites", "cell"))
-            name, m, h, w, *_ = (facts[key] for key in ("slice", "m", "h", "w", "layout", "pitch_um", "simulated"))
+            name, m, h, w, *_ = (facts[key] for key in FACTS)
         except (OSError, tarfile.TarError, KeyError, ValueError, AttributeError) as error:
             found = f"{type(error).__name__}: {error}"
             raise DamagedShards(file, found=found, expected="a whole slice in a tar", next_step=REBUILD) from error
@@ -136,34 +144,77 @@ def embed(
     -------
     ``X`` float32 [n_spots, d] and ``spot`` int32 [n_spots], 0, 1, 2, ...
     """
-    cfg, device = model.cfg, next(model.parameters()).device
     chosen = most_variable(whole, target_sum, n_genes)
-    H, W = whole.totals.shape
+    counts = np.ascontiguousarray(whole.counts[chosen].transpose(1, 2, 0))  # [H, W, m]
+    genes = torch.from_numpy(whole.genes[chosen]).to(model.gene_mean.device)
+    if model.cfg.unit == "patch":
+        features = embed_windows(model, whole, counts, genes, target_sum, stride, batch_size)
+    else:
+        features = embed_sites(model, whole, counts, genes, target_sum, batch_size * model.cfg.h * model.cfg.w)
+    return {"X": features.float().numpy(), "spot": np.arange(len(whole.cell), dtype=np.int32)}
+
+
+def embed_windows(
+    model: MaskedAutoencoder,
+    whole: WholeSlice,
+    counts: np.ndarray,
+    genes: Tensor,
+    target_sum: float,
+    stride: int,
+    batch_size: int,
+) -> Tensor:
+    """Features of every spot, averaged over the windows that cover it: float64 [n_spots, d]."""
+    cfg, (H, W) = model.cfg, whole.totals.shape
     pad = [(0, max(0, cfg.h - H)), (0, max(0, cfg.w - W))]
-    counts = torch.from_numpy(np.pad(whole.counts[chosen], [(0, 0), *pad]).astype(np.int32))
-    totals = torch.from_numpy(np.pad(whole.totals, pad))
-    values = log_normalise(counts.permute(1, 2, 0), totals, target_sum)  # [H, W, m], at least a window
+    counts, totals = np.pad(counts, [*pad, (0, 0)]), np.pad(whole.totals, pad)
     of_spot = np.divmod(whole.cell, W)  # y, x of every spot
     has_spot = np.zeros(totals.shape, bool)
     has_spot[of_spot] = True
-
     corners = [(y, x) for y in origins(H, cfg.h, stride) for x in origins(W, cfg.w, stride)]
     windows = [np.s_[y : y + cfg.h, x : x + cfg.w] for y, x in corners]
     windows = [window for window in windows if has_spot[window].any()]
-    genes = torch.from_numpy(whole.genes[chosen]).to(device)
+    step = max(1, min(batch_size, AT_ONCE // (cfg.h * cfg.w * len(genes))))
     features = torch.zeros(*totals.shape, cfg.width, dtype=torch.float64)  # summed on the CPU, in a fixed order
     covered = torch.zeros(*totals.shape, 1, dtype=torch.float64)
-    for begin in range(0, len(windows), batch_size):
-        some = windows[begin : begin + batch_size]
-        inputs = torch.stack([values[window].flatten(0, 1) for window in some]).to(device)  # [B, S, m]
-        observed = torch.stack([totals[window].flatten() > 0 for window in some]).to(device)  # [B, S]
-        encoded = model.encode(inputs, genes.expand(len(some), -1), observed).cpu()  # [B, S, d]
+    for begin in range(0, len(windows), step):
+        some = windows[begin : begin + step]
+        values, observed = expression(
+            model, *(np.stack([a[window] for window in some]) for a in (counts, totals)), target_sum
+        )
+        encoded = model.encode(values, genes.expand(len(some), -1), observed).cpu()  # [B, S, d]
         for window, sites in zip(some, encoded, strict=True):
             features[window] += sites.view(cfg.h, cfg.w, -1)
             covered[window] += 1
+    return features[of_spot] / covered[of_spot]
 
-    mean = features[of_spot] / covered[of_spot]
-    return {"X": mean.float().numpy(), "spot": np.arange(len(whole.cell), dtype=np.int32)}
+
+def embed_sites(
+    model: MaskedAutoencoder, whole: WholeSlice, counts: np.ndarray, genes: Tensor, target_sum: float, at_once: int
+) -> Tensor:
+    """Features of every spot from its site alone, ``at_once`` by turns, then from the whole slice: [n_spots, d]."""
+    counts, totals = counts.reshape(1, -1, len(genes)), whole.totals.reshape(1, -1)  # one sample of H * W sites
+    step = max(1, min(at_once, AT_ONCE // len(genes)))
+    shown, alone = [], []
+    for begin in range(0, totals.size, step):
+        values, _ = expression(model, *(a[:, begin : begin + step] for a in (counts, totals)), target_sum)
+        shown.append(model.sum_genes(values, genes[None]))
+        alone.append(model.transform(shown[-1]))
+    observed, places = torch.from_numpy(totals > 0).to(genes.device), None
+    if model.cfg.unit == "multispot":
+        lines = (torch.from_numpy(np.asarray(lines)).to(genes.device) for lines in lattice_lines(whole.facts))
+        places = lattice_places(*(line[None] for line in lines), observed)
+    features = model.surround(torch.cat(shown, dim=1), torch.cat(alone, dim=1), observed, places)
+    return features[0].cpu()[whole.cell]
+
+
+def expression(
+    model: MaskedAutoencoder, counts: np.ndarray, totals: np.ndarray, target_sum: float
+) -> tuple[Tensor, Tensor]:
+    """Values [B, S, m] and observed sites [B, S] on the model's device, of uint16 [B, ..., m] and float32 [B, ...]."""
+    device = model.gene_mean.device
+    totals = torch.from_numpy(np.ascontiguousarray(totals)).to(device).flatten(1)
+    counts = torch.from_numpy(np.ascontiguousarray(counts)).to(device)
+    return log_normalise(counts.flatten(1, -2), totals, target_sum), totals > 0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,8 +222,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the folder trainer.pretrain wrote")
     parser.add_argument("--shards", type=Path, required=True, nargs="+", metavar="FILE", help="whole-slice tars")
     parser.add_argument("--out", type=Path, required=True, help="a .safetensors file, or a folder for several slices")
-    parser.add_argument("--stride", type=int, help="cells between windows (default: half the window's shorter side)")
-    parser.add_argument("--genes", type=int, help="genes a window (default: as trained)")
+    parser.add_argument(
+        "--stride", type=int, help="cells between windows of the unit patch (default: half the shorter side)"
+    )
+    parser.add_argument(
+        "--genes", type=int, help="genes that a site shows, any number up to all measured (default: as trained)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="windows at a time (default 32)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--untrained", action="store_true", help="the same model before its first step: the control")
@@ -211,7 +266,7 @@ def run(args: argparse.Namespace) -> None:
             "slice": whole.name,
             "model": "untrained" if args.untrained else args.model.resolve().name,
             "genes_used": str(min(n_genes, len(whole.genes))),
-            "stride": str(stride),
+            "stride": str(stride) if cfg.unit == "patch" else "none",
             "simulated": str(simulated).lower(),
         }
         write_whole(out, as_safetensors(embeddings, metadata))

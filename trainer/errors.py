@@ -27,3 +27,19 @@ class VocabularyMismatch(TrainerError):
 
 class NonFiniteLoss(TrainerError):
     """The loss became infinite or NaN."""
+
+
+class SettingsChanged(TrainerError):
+    """A snapshot of a run with other settings or other shards."""
+
+
+class DamagedSnapshot(TrainerError):
+    """A snapshot that does not hold what was written into it."""
+
+
+class RankLost(TrainerError):
+    """Another rank of the run ended, or did not answer in time."""
+
+
+class TooLittleMemory(TrainerError):
+    """A step needs more memory than there is; says which batch would fit."""

@@ -13,13 +13,13 @@ VALIDATION = -1  # the "epoch" of validation: its masks stay the same throughout
 _WORD = 0xFFFFFFFF
 
 
-def entry_mask(seed: int, epoch: int, positions: Tensor, n_sites: int, genes: Tensor, ratio: float) -> Tensor:
+def entry_mask(seed: int, epoch: int | Tensor, positions: Tensor, n_sites: int, genes: Tensor, ratio: float) -> Tensor:
     """Entries to hide, each with probability ``ratio`` and independently of all others.
 
     Parameters
     ----------
     seed, epoch
-        Of the run; ``VALIDATION`` for held-out windows.
+        Of the run; ``VALIDATION`` for held-out windows. An epoch in an int64 tensor [] keeps a compiled graph valid.
     positions
         [B] int64: each sample's position in the epoch's order (not in its batch).
     n_sites
@@ -33,12 +33,21 @@ def entry_mask(seed: int, epoch: int, positions: Tensor, n_sites: int, genes: Te
     -------
     bool [B, S, m]: True where the entry is hidden.
     """
-    device = positions.device
-    stream = _mix(_mix(seed & _WORD) ^ (epoch & _WORD))  # plain Python: nothing to copy to the device
-    sample = _mix(positions ^ stream)  # [B]
-    site = _mix(sample[:, None] ^ torch.arange(n_sites, device=device))  # [B, S]
-    entry = _mix(site[:, :, None] ^ genes[:, None, :].long())  # [B, S, m]
+    entry = _mix(_site_words(seed, epoch, positions, n_sites)[:, :, None] ^ genes[:, None, :].long())  # [B, S, m]
     return entry < round(ratio * (_WORD + 1))
+
+
+def site_mask(seed: int, epoch: int | Tensor, positions: Tensor, n_sites: int, ratio: float) -> Tensor:
+    """Sites to hide whole, bool [B, S]: each with probability ``ratio``, apart from others and from `entry_mask`."""
+    word = _mix(_site_words(seed, epoch, positions, n_sites) ^ _WORD)  # no gene has this index
+    return word < round(ratio * (_WORD + 1))
+
+
+def _site_words(seed: int, epoch: int | Tensor, positions: Tensor, n_sites: int) -> Tensor:
+    """A word for every (seed, epoch, position, site), int64 [B, S]."""
+    device = positions.device
+    sample = _mix(positions ^ _mix((epoch & _WORD) ^ _mix(seed & _WORD)))  # [B]
+    return _mix(sample[:, None] ^ torch.arange(n_sites, device=device))
 
 
 def _mix(word: int | Tensor) -> int | Tensor:

@@ -1,33 +1,52 @@
-"""The masked autoencoder over the sites of a window (Eq. 8).
+"""The masked autoencoder over the sites of a window (Eq. 8), and its rivals with another unit (Eq. 2 to 4).
 
 A token is a site. B windows, S = h * w sites, m genes of a window, d width. What the paper leaves open, chosen here:
 
 - *Scale of the input.* The sum over a site's visible genes is multiplied by (genes a window has in training) /
   (visible genes of that site), as in inverted dropout: masking, or another number of genes when embedding, keeps it.
-- *Position.* Fixed sines and cosines of the site's row and column in the window.
-- *Centring.* ``values: centred`` takes each value about its gene's training mean, so that the sum no longer says above
-  all which genes the window drew; it predicts held-out slices better. ``plain`` is Eq. 8 to the letter.
-- *Gene embeddings* start with about unit length.
+- *Position.* Fixed sines and cosines of the site's row and column in the window, added to the input; or ``relative``:
+  queries and keys turned by angles of row and column (rotary), so that attention depends on differences alone and
+  keeps its fused kernels, which a learned bias by offset would not. Only the unit ``patch`` has positions: elsewhere no
+  site sees the window.
+- *Centring.* ``inputs: centred`` takes each value about its gene's training mean, so that the sum no longer says above
+  all which genes the window drew; ``standardised`` also divides by the deviation. ``plain`` is Eq. 8 to the letter.
+- *Gene embeddings* start with about unit length: random, or the loadings of the corpus' principal components.
 - *Gene bias.* Starts at each gene's training mean, and the decoder's last layer at zero: before its first step the
-  model is exactly the gene-mean predictor that it has to beat.
-- *Unobserved sites* are no keys in the attention and never in the loss.
+  model is exactly the gene-mean predictor that it has to beat (with a likelihood of counts: nearly).
+- *Unobserved sites* are no keys in the attention and never in the loss. The mask is one bool a key, [B, 1, 1, S]: fused
+  kernels take it as it is, and whether a window needs it is never asked, which would make the host wait for the device.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer import units
 from trainer.config import FORMAT_VERSION, knob
 from trainer.data import Vocabulary
 from trainer.errors import ConfigError, VocabularyMismatch
+from trainer.expression import expected_log_normalised
+
+LEAST_DEVIATION = 0.1  # of a gene that is hardly ever seen: its few values must not become huge
+MAX_LOG_DISPERSION = 6.0  # of the negative binomial: beyond e^6 it is Poisson, and float32 loses its logarithms
+CHOICES = {
+    "unit": units.UNITS,
+    "inputs": ("plain", "centred", "standardised"),
+    "targets": ("plain", "standardised"),
+    "positions": ("none", "sincos", "relative"),
+    "likelihood": ("mse", "poisson", "nb"),
+    "gene_embeddings": ("random", "components"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +55,9 @@ class ModelConfig:
     m: int  # genes of a training window
     h: int
     w: int
+    unit: str = knob("patch", "what a site sees: patch (Eq. 8), spot (Eq. 2), multispot (Eq. 3) or slice (Eq. 4)")
+    neighbours: int = knob(16, "nearest sites of the unit multispot")
+    domains: int = knob(8, "macro-domains of the unit slice")
     width: int = knob(256, "d: numbers that describe a site, and a gene")
     depth: int = knob(6, "encoder layers")
     heads: int = knob(8, "attention heads of the encoder")
@@ -43,26 +65,32 @@ class ModelConfig:
     decoder_width: int = knob(128, "width of the decoder; its feed-forward layers are four times as wide")
     decoder_depth: int = knob(2, "decoder layers")
     decoder_heads: int = knob(4, "attention heads of the decoder")
-    values: str = knob("plain", "plain (Eq. 8), or centred: about their gene's training mean")
+    positions: str = knob("sincos", "of the unit patch: none, sincos (added) or relative (rotary)")
+    gene_embeddings: str = knob("random", "at the start: random, or components (principal, of the corpus)")
+    inputs: str = knob("plain", "plain (Eq. 8), centred (about the gene's training mean) or standardised")
+    targets: str = knob("plain", "what the squared error is of: plain or standardised expression")
+    likelihood: str = knob("mse", "mse (of expression), or of counts: poisson or nb (negative binomial)")
 
     def __post_init__(self) -> None:
-        for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
-            if min(getattr(self, width), getattr(self, heads)) < 1 or getattr(self, width) % getattr(self, heads):
-                found = f"{width} {getattr(self, width)}, {heads} {getattr(self, heads)}"
-                raise ConfigError("model", found=found, expected=f"{heads} divides {width}", next_step="change one")
-        if self.width % 4:
-            found, expected = f"width {self.width}", "a multiple of 4 (sine and cosine of row and column)"
-            raise ConfigError("model", found=found, expected=expected, next_step="change --width")
-        if self.values not in ("plain", "centred"):
-            found = f"values {self.values}"
-            raise ConfigError("model", found=found, expected="plain or centred", next_step="change --values")
-        if self.depth < 1 or self.decoder_depth < 0 or self.feed_forward < 1:
-            found = f"depth {self.depth}, decoder_depth {self.decoder_depth}, feed_forward {self.feed_forward}"
-            raise ConfigError("model", found=found, expected="at least 1, 0 and 1", next_step="change it")
+        expected = {n: ", ".join(choices) for n, choices in CHOICES.items() if getattr(self, n) not in choices}
+        least = {n: 1 for n in ("heads", "decoder_heads", "depth", "feed_forward", "neighbours", "domains")}
+        least |= {"width": 4, "decoder_width": 1, "decoder_depth": 0}
+        expected |= {n: f"at least {bound}" for n, bound in least.items() if getattr(self, n) < bound}
+        if not expected:
+            for name, heads in (("width", self.heads), ("decoder_width", self.decoder_heads)):
+                step = math.lcm(heads, 4 if name == "width" else 1)  # 4: sine and cosine of row and column
+                step = 4 * heads if self.positions == "relative" else step  # the same of each head
+                if getattr(self, name) % step:
+                    expected[name] = f"a multiple of {step}, for {heads} heads"
+            if self.likelihood != "mse" and self.targets != "plain":
+                expected["targets"] = f"plain, as likelihood {self.likelihood} is of counts"
+        for name, right in expected.items():
+            next_step = f"change --{name.replace('_', '-')}, or `{name}` in the config file"
+            raise ConfigError("model", found=f"{name} {getattr(self, name)}", expected=right, next_step=next_step)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer in which only observed sites are attended to."""
+    """A pre-norm transformer layer in which only observed sites are attended to; or every site to itself alone."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -73,26 +101,42 @@ class Block(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, attend: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), attend)
+    def forward(self, x: Tensor, attend: Tensor | None, turn: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), attend, turn)
         return x + self.feed_forward(self.norm_feed_forward(x))
 
-    def attention(self, x: Tensor, attend: Tensor) -> Tensor:
+    def attention(self, x: Tensor, attend: Tensor | None, turn: Tensor | None) -> Tensor:
         B, S, d = x.shape
+        if attend is None:  # a softmax over one key is 1, so what a site sees is its own value
+            weight, bias = self.query_key_value.weight[2 * d :], self.query_key_value.bias[2 * d :]
+            return self.project(F.linear(x, weight, bias))
         qkv = self.query_key_value(x).view(B, S, 3, self.heads, d // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, S, d / heads]
+        if turn is not None:
+            query, key = rotate(query, turn), rotate(key, turn)
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=attend)
         return self.project(x.transpose(1, 2).reshape(B, S, d))
 
 
 class MaskedAutoencoder(nn.Module):
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.cfg = cfg
         self.gene_embedding = nn.Embedding(cfg.n_genes, cfg.width)  # e_k, of the input and of the prediction
         self.gene_bias = nn.Embedding(cfg.n_genes, 1)
-        self.register_buffer("gene_mean", torch.zeros(cfg.n_genes), persistent=False)  # of genes.tsv
-        self.register_buffer("position", position_encoding(cfg.h, cfg.w, cfg.width), persistent=False)  # [S, d]
+        if cfg.likelihood == "nb":
+            self.gene_log_dispersion = nn.Embedding(cfg.n_genes, 1)
+        deviation = np.maximum(np.sqrt(vocabulary.variance), LEAST_DEVIATION)
+        for name, statistic in (("gene_mean", vocabulary.mean), ("gene_deviation", deviation)):
+            self.register_buffer(name, torch.from_numpy(statistic).float(), persistent=False)
+        place, turns = None, (None, None)
+        if cfg.unit == "patch" and cfg.positions == "sincos":
+            place = position_encoding(cfg.h, cfg.w, cfg.width)  # [S, d]
+        if cfg.unit == "patch" and cfg.positions == "relative":
+            sizes = (cfg.width // cfg.heads, cfg.decoder_width // cfg.decoder_heads)
+            turns = (rotation(cfg.h, cfg.w, size) for size in sizes)
+        for name, table in zip(("position", "encoder_turn", "decoder_turn"), (place, *turns), strict=True):
+            self.register_buffer(name, table, persistent=False)
         self.encoder = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.feed_forward) for _ in range(cfg.depth))
         self.encoder_norm = nn.LayerNorm(cfg.width)
         self.narrow = nn.Linear(cfg.width, cfg.decoder_width)
@@ -102,13 +146,14 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(cfg.decoder_width)
         self.widen = nn.Linear(cfg.decoder_width, cfg.width)
 
-    def forward(self, values: Tensor, genes: Tensor, observed: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the squared errors over the masked entries, and their number: the loss is their quotient."""
-        features = self.encode(values, genes, observed, masked)
-        predictions = self.decode(features, genes, observed)
-        return self.loss(predictions, values, observed, masked)
-
-    def encode(self, values: Tensor, genes: Tensor, observed: Tensor, masked: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        values: Tensor,
+        genes: Tensor,
+        observed: Tensor,
+        masked: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
         """Features of every site, [B, S, d].
 
         Parameters
@@ -121,38 +166,76 @@ class MaskedAutoencoder(nn.Module):
             bool [B, S].
         masked
             bool [B, S, m]: entries that the model must not see; none when embedding.
+        places
+            float64 [B, S, 2] (`units.lattice_places`): where the sites lie; only the unit multispot needs them.
         """
-        if self.cfg.values == "centred":
+        x = self.sum_genes(values, genes, masked)
+        if self.cfg.unit == "patch":
+            x = x if self.position is None else x + self.position
+            return self.transform(x, attended(observed))
+        return self.surround(x, self.transform(x), observed, places)
+
+    def sum_genes(self, values: Tensor, genes: Tensor, masked: Tensor | None = None) -> Tensor:
+        """What each site shows: the sum over its visible genes of value times embedding, scaled; [B, S, d]."""
+        if self.cfg.inputs != "plain":
             values = values - self.gene_mean[genes][:, None, :]
+        if self.cfg.inputs == "standardised":
+            values = values / self.gene_deviation[genes][:, None, :]
         n_visible = torch.full_like(values[..., :1], values.shape[2])  # [B, S, 1]
         if masked is not None:
             values = values.masked_fill(masked, 0.0)
             n_visible = (~masked).sum(2, keepdim=True)
         x = torch.bmm(values, self.gene_embedding(genes))  # [B, S, m] x [B, m, d] -> [B, S, d]
-        x = x * (self.cfg.m / n_visible.clamp(min=1)) + self.position
-        attend = attended(observed)
+        return x * (self.cfg.m / n_visible.clamp(min=1))
+
+    def transform(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
+        """The encoder's layers; without ``attend`` each site by itself."""
         for block in self.encoder:
-            x = block(x, attend)
+            x = block(x, attend, self.encoder_turn)
         return self.encoder_norm(x)
 
+    def surround(self, x: Tensor, features: Tensor, observed: Tensor, places: Tensor | None) -> Tensor:
+        """Eq. 2, 3, 4: features of sites by themselves, ``x`` what they show -> features of sites among others."""
+        if self.cfg.unit == "multispot":
+            return units.mean_of_neighbours(features, places, observed, self.cfg.neighbours)
+        if self.cfg.unit == "slice":
+            domain = units.macro_domains(x.detach(), observed, self.cfg.domains)
+            return units.mean_with_domain(features, domain, observed, self.cfg.domains)
+        return features
+
     def decode(self, features: Tensor, genes: Tensor, observed: Tensor) -> Tensor:
-        """Predicted normalised expression, [B, S, m]: site feature . e_k + bias of gene k."""
+        """Scores [B, S, m]: site feature . e_k + bias of gene k; `predict` says what they mean."""
         x = self.narrow(features)  # [B, S, decoder width]
-        attend = attended(observed)
+        attend = attended(observed) if self.cfg.unit == "patch" else None
         for block in self.decoder:
-            x = block(x, attend)
+            x = block(x, attend, self.decoder_turn)
         x = self.widen(self.decoder_norm(x))  # [B, S, d]
         scores = torch.bmm(x, self.gene_embedding(genes).transpose(1, 2))  # [B, S, d] x [B, d, m] -> [B, S, m]
         return scores + self.gene_bias(genes).transpose(1, 2)  # [B, 1, m]
 
-    def loss(self, predictions: Tensor, values: Tensor, observed: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error summed over the masked entries of observed sites, and the number of these entries.
+    def predict(self, scores: Tensor, genes: Tensor, depth: Tensor) -> Tensor:
+        """Normalised expression [B, S, m] that the scores stand for.
 
-        Kept apart, so that a loss over several batches or ranks divides once, by the number of all.
+        Parameters
+        ----------
+        depth
+            float [B, S]: total / target_sum of each site, above 0; of use to likelihoods of counts alone.
         """
-        scored = masked & observed[:, :, None]  # [B, S, m]
-        squared_error = (predictions - values).square().masked_fill(~scored, 0.0)
-        return squared_error.sum(), scored.sum()
+        if self.cfg.likelihood != "mse":
+            dispersion = self.dispersion(genes) if self.cfg.likelihood == "nb" else None
+            return expected_log_normalised(self.expected_counts(scores, depth), 1 / depth[:, :, None], dispersion)
+        if self.cfg.targets == "standardised":
+            return scores * self.gene_deviation[genes][:, None, :] + self.gene_mean[genes][:, None, :]
+        return scores
+
+    def expected_counts(self, scores: Tensor, depth: Tensor) -> Tensor:
+        """exp(score) counts among ``target_sum``, of those that the site has: [B, S, m]."""
+        return scores.exp() * depth[:, :, None]
+
+    def dispersion(self, genes: Tensor) -> Tensor:
+        """r of each gene's negative binomial, [B, 1, m]; smoothly below e^6."""
+        free = self.gene_log_dispersion(genes).transpose(1, 2).float()
+        return (MAX_LOG_DISPERSION - F.softplus(MAX_LOG_DISPERSION - free)).exp()
 
 
 def attended(observed: Tensor) -> Tensor:
@@ -169,22 +252,74 @@ def position_encoding(h: int, w: int, width: int) -> Tensor:
     return torch.cat(grid, dim=2).flatten(0, 1)
 
 
-def build(cfg: ModelConfig, gene_means: np.ndarray, seed: int) -> MaskedAutoencoder:
-    """A fresh model on the CPU: the same weights for the same seed, whatever was drawn before."""
+def rotation(h: int, w: int, size: int) -> Tensor:
+    """Cosines and sines of rotary positions, [2, h * w, size / 2]: half of the angles by row, half by column."""
+    frequency = 100.0 ** -(torch.arange(size // 4) / (size // 4))  # a window has tens of rows, so none turns slower
+    rows, columns = (torch.arange(n)[:, None] * frequency for n in (h, w))
+    angle = torch.cat([rows[:, None].expand(h, w, -1), columns[None, :].expand(h, w, -1)], dim=2).flatten(0, 1)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn pairs of numbers (i, i + size / 2) of [B, heads, S, size] by each site's angles."""
+    (cos, sin), (a, b) = turn.to(x.dtype), x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def build(cfg: ModelConfig, vocabulary: Vocabulary, seed: int, components: Path | None = None) -> MaskedAutoencoder:
+    """A fresh model on the CPU: the same weights for the same seed, whatever was drawn before.
+
+    Parameters
+    ----------
+    components
+        The corpus' ``components.safetensors``; needed, and read, where gene embeddings start from them.
+
+    Raises
+    ------
+    ConfigError, VocabularyMismatch
+        Gene embeddings are to start from components, and there are none, or of another vocabulary.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MaskedAutoencoder(cfg)
+        model = MaskedAutoencoder(cfg, vocabulary)
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(model.gene_embedding.weight, std=cfg.width**-0.5)
         nn.init.zeros_(model.widen.weight)
-    means = torch.from_numpy(gene_means)
+    mean = torch.from_numpy(vocabulary.mean)
     with torch.no_grad():
-        model.gene_bias.weight[:, 0] = means
-        model.gene_mean.copy_(means)
+        if cfg.likelihood == "nb":
+            model.gene_log_dispersion.weight.fill_(1.0)
+        if cfg.likelihood != "mse":
+            model.gene_bias.weight[:, 0] = mean.expm1().clamp(min=1e-4).log()
+        else:
+            model.gene_bias.weight[:, 0] = mean if cfg.targets == "plain" else 0.0
+        if cfg.gene_embeddings == "components":
+            axes = read_components(components, vocabulary)[
+                :, : cfg.width
+            ]  # unit columns: now rows of about unit length
+            model.gene_embedding.weight[:, : axes.shape[1]] = axes * (len(axes) / cfg.width) ** 0.5
     return model
+
+
+def read_components(file: Path | None, vocabulary: Vocabulary) -> Tensor:
+    """The corpus' principal axes, float32 [n_genes, k] (docs/format.md, components)."""
+    next_step = "build the shards again with `components` above 0, or choose --gene-embeddings random"
+    if file is None or not file.is_file():
+        found, expected = "no components.safetensors", "those that gene embeddings are to start from"
+        raise ConfigError(file or "shards", found=found, expected=expected, next_step=next_step)
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            axes, made_for = opened.get_tensor("components"), opened.metadata()["genes_sha256"]
+    except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        expected = "principal components"
+        raise ConfigError(file, found=" ".join(str(error).split()), expected=expected, next_step=next_step) from error
+    if made_for != vocabulary.sha256:
+        found, expected = f"components of genes.tsv {made_for}", vocabulary.sha256
+        raise VocabularyMismatch(file, found=found, expected=expected, next_step=next_step)
+    return axes
 
 
 def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder, dict, Vocabulary]:
@@ -214,9 +349,15 @@ def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder
         found, expected = f"sha256 {vocabulary.sha256}", f"{config['data']['genes']['sha256']} (config.json)"
         next_step = "restore the genes.tsv that the model was trained with"
         raise VocabularyMismatch(folder / "genes.tsv", found=found, expected=expected, next_step=next_step)
-    model = build(ModelConfig(**config["model"]), vocabulary.mean, config["train"]["seed"])
-    if not untrained:
-        weights = folder / "model.safetensors"
+    try:
+        cfg = ModelConfig(**config["model"])
+    except TypeError as error:
+        expected, next_step = "the knobs of this version's model", "update stpatch, or train again"
+        raise ConfigError(folder, found=str(error), expected=expected, next_step=next_step) from error
+    if untrained:
+        model = build(cfg, vocabulary, config["train"]["seed"], folder / "components.safetensors")
+    else:
+        model, weights = MaskedAutoencoder(cfg, vocabulary), folder / "model.safetensors"
         try:
             model.load_state_dict(safetensors.torch.load_file(weights))
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:

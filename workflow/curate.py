@@ -19,14 +19,16 @@ from workflow.errors import (
     EmptySlice,
     MissingFile,
     MissingPositions,
+    MultipleOrganisms,
     MultipleSections,
     NoLattice,
     NotCounts,
     SliceError,
     UnknownGenes,
+    Unreadable,
     WrongOrganism,
 )
-from workflow.genes import PREFIX, Mapping, load_genes, map_genes, organism_of, strip_version
+from workflow.genes import PREFIX, Mapping, genomes_of, load_genes, map_genes, organism_of, strip_version
 from workflow.keys import Keys
 from workflow.labels import spot_labels
 from workflow.lattice import VISIUM_PITCH_UM, Lattice, infer_lattice, known_lattice
@@ -37,13 +39,18 @@ from workflow.sources import files_at, sha256_of
 logger = logging.getLogger("curate")
 
 FORMAT_VERSION = 1
+LISTING_VERSION = 1  # of files.json
 FEWEST_MAPPED = 0.1  # of the features; below it the names are not those of genes
 MAX_COUNT = np.iinfo(np.uint16).max  # the grid's cells hold 16 bits
 PACKAGES = ("anndata", "h5py", "numpy", "pandas", "scipy")
 
 
 def curate(
-    row: dict[str, str], gene_tables: str | Path, files: list[Path] | None = None, labels: Path | None = None
+    row: dict[str, str],
+    gene_tables: str | Path,
+    files: list[Path] | None = None,
+    labels: Path | None = None,
+    label_map: Path | None = None,
 ) -> anndata.AnnData:
     """Curate one slice.
 
@@ -57,6 +64,8 @@ def curate(
         The slice's files, where the row's url is not their place (downloads, paths with spaces).
     labels
         The table of labels, where the row's ``labels`` is not its place.
+    label_map
+        Table that maps the raw labels of the slice's evaluation set (`workflow.labels.spot_labels`).
 
     Returns
     -------
@@ -92,9 +101,9 @@ def curate(
         obs[Keys.ARRAY_ROW], obs[Keys.ARRAY_COL] = lattice.row.astype(np.int32), lattice.col.astype(np.int32)
     obs[Keys.TOTAL_COUNTS] = np.asarray(counts.sum(1, dtype=np.int64)).ravel()
     if row.get("label_column"):
-        label = spot_labels(name, deposit, row["label_column"], labels)[covered]
+        label = spot_labels(name, deposit, row["label_column"], labels, label_map)[covered]
         obs[Keys.LABEL] = label.remove_unused_categories()
-    read = deposit.files + ([labels] if labels and row.get("label_column") else [])
+    read = deposit.files + [path for path in (labels, label_map) if path and row.get("label_column")]
     provenance = {
         "format_version": FORMAT_VERSION,
         "slice": name,
@@ -180,9 +189,17 @@ def kept_genes(name: str, deposit: Deposit, organism: str, gene_tables: Path) ->
 
     Raises
     ------
-    WrongOrganism, UnknownGenes
+    MultipleOrganisms, WrongOrganism, UnknownGenes
     """
     where = {"slice": name, "file": str(deposit.file)}
+    genomes = genomes_of([id_ or symbol for id_, symbol in zip(deposit.ids, deposit.symbols, strict=True)])
+    if len(genomes) > 1:
+        raise MultipleOrganisms(
+            **where,
+            found="genes of " + " and ".join(f"{genome} ({n} features)" for genome, n in genomes.items()),
+            expected=f"genes of one genome, {organism}",
+            next_step="none needed: the slice is set apart; to use it, deposit one organism's counts as a slice of its own",
+        )
     tables = {other: load_genes(gene_tables / f"genes_{other}.tsv") for other in PREFIX}
     ensembl = sum(strip_version(gene_id) is not None for gene_id in deposit.ids) > len(deposit.ids) / 2
     found, evidence = organism_of(deposit.ids if ensembl else deposit.symbols, tables)
@@ -295,6 +312,13 @@ def located(row: dict[str, str], listing: Path | None) -> tuple[list[Path] | Non
     """Files and labels of a slice that a rule of ours fetched or made, from its ``deposit.json`` or ``files.json``.
 
     (None, None) without a listing: the row itself says where the files are.
+
+    Raises
+    ------
+    SliceError
+        The download failed for good, as it said itself.
+    Unreadable
+        A ``files.json`` of another version.
     """
     if listing is None:
         return None, None
@@ -303,7 +327,18 @@ def located(row: dict[str, str], listing: Path | None) -> tuple[list[Path] | Non
         folder = listing.parent
         labels = folder / listed["labels"] if listed["labels"] else None
         return files_at(folder / listed["url"]), labels
-    by_role = {role: [Path(entry["path"]) for entry in listed if entry["role"] == role] for role in ("slice", "labels")}
+    if not isinstance(listed, dict) or listed.get("version") != LISTING_VERSION:
+        raise Unreadable(
+            slice=row["slice"],
+            file=str(listing),
+            found="a list of files of another version of stpatch",
+            expected=f"version {LISTING_VERSION}",
+            next_step=f"run again with --forcerun {listing}: what was fetched is kept",
+        )
+    if listed["quarantine"]:
+        raise SliceError.from_row(listed["quarantine"])
+    entries = listed["files"]
+    by_role = {role: [Path(e["path"]) for e in entries if e["role"] == role] for role in ("slice", "labels")}
     return by_role["slice"], next(iter(by_role["labels"]), None)
 
 
@@ -312,9 +347,10 @@ if __name__ == "__main__":
 
     log_to(snakemake.log[0])
     row, listing = dict(snakemake.params.row), snakemake.input.get("listing")
+    label_map = snakemake.input.get("label_map")
     try:
         files, labels = located(row, Path(listing) if listing else None)
-        adata = curate(row, snakemake.params.gene_tables, files, labels)
+        adata = curate(row, snakemake.params.gene_tables, files, labels, Path(label_map) if label_map else None)
     except SliceError as error:
         logger.error("set apart: %s", error, exc_info=error.__cause__)
         adata = rejected(row, error)

@@ -43,6 +43,14 @@ class SliceError(ValueError):
             "next_step": self.next_step,
         }
 
+    @classmethod
+    def from_row(cls, row: dict[str, str]) -> SliceError:
+        """The error that a row of the quarantine table tells of: the subclass that has its code."""
+        (kind,) = (kind for kind in SliceError.__subclasses__() if kind.code == row["code"])
+        error = kind(**{name: row[name] for name in ("slice", "file", "found", "expected", "next_step")})
+        error.stage = row["stage"]
+        return error
+
 
 class MissingFile(SliceError):
     code = "missing_file"
@@ -185,3 +193,16 @@ class TooFewCommonGenes(SliceError):
 
 class CatalogueError(ValueError):
     """A table of slices or the config breaks its schema: names the file, the row or key, and the remedy."""
+
+
+class UnsafeName(SliceError):
+    """A listing names a file that leads out of its folder."""
+
+    code = "unsafe_name"
+    stage = "download"
+
+
+class MultipleOrganisms(SliceError):
+    """Genes of more than one genome: a xenograft or a mixture, whose counts are of two organisms."""
+
+    code = "multiple_organisms"

@@ -56,8 +56,9 @@ def write_shards(
     split: str,
     rows: list[dict[str, str]],
     settings: dict,
+    components: str | Path | None = None,
 ) -> dict:
-    """Write a split's folder: tars, ``samples.npy``, ``genes.tsv`` and, last, ``index.json``.
+    """Write a split's folder: tars, ``samples.npy``, ``genes.tsv``, components and, last, ``index.json``.
 
     Parameters
     ----------
@@ -73,6 +74,8 @@ def write_shards(
         Catalogue row of each slice, in the order of `packs`.
     settings
         The config's keys that shaped the samples.
+    components
+        The corpus' principal components, which the folder repeats; none where there are none.
 
     Returns
     -------
@@ -81,7 +84,7 @@ def write_shards(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in [folder / "index.json", *folder.glob(f"{split}-*.tar")]:
+    for stale in [folder / "index.json", folder / "components.safetensors", *folder.glob(f"{split}-*.tar")]:
         stale.unlink(missing_ok=True)
 
     indices = [np.load(index, allow_pickle=False) for _, index in packs]
@@ -122,6 +125,8 @@ def write_shards(
 
     np.save(folder / "samples.npy", samples, allow_pickle=False)
     shutil.copyfile(genes_tsv, folder / "genes.tsv")
+    if components:
+        shutil.copyfile(components, folder / "components.safetensors")
     h, w = settings["window"]
     index = {
         "format_version": FORMAT_VERSION,
@@ -139,6 +144,7 @@ def write_shards(
             "n": len((folder / "genes.tsv").read_text().splitlines()) - 2,
             "sha256": _sha256(folder / "genes.tsv"),
         },
+        **({"components": {"file": "components.safetensors", "sha256": _sha256(components)}} if components else {}),
         "samples": {"file": "samples.npy", "sha256": _sha256(folder / "samples.npy")},
         "slices": [
             {**{key: row[key] for key in ("slice", "source", "organism", "donor")}, **_geometry(*pack), "n_windows": n}
@@ -172,7 +178,7 @@ def _cut(nbytes: np.ndarray, limit: int) -> list[tuple[int, int]]:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":
@@ -186,4 +192,5 @@ if __name__ == "__main__":
         split=snakemake.wildcards.split,
         rows=snakemake.params.rows,
         settings=dict(snakemake.params.settings),
+        components=snakemake.input.components or None,
     )

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.trainer import corpus
 from trainer import pretrain
 
 SMALL = "--width 32 --depth 1 --heads 4 --feed-forward 64 --decoder-width 32 --decoder-depth 1 --device cpu".split()
+
+
+torch.set_num_threads(1)  # of so small a model more threads only wait for each other, above all on a busy machine
 
 
 @pytest.fixture(scope="session")

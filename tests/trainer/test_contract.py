@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -11,7 +12,12 @@ import webdataset
 
 from trainer import embed, expression
 from trainer.data import SAMPLE, Shards, Vocabulary
+from trainer.errors import DamagedShards
+from trainer.model import ModelConfig, build, read_components
+from trainer.objective import Objective, ObjectiveConfig
+from trainer.units import lattice_places
 from workflow.codec import decode
+from workflow.components import principal_axes, sample_spots, write_components
 from workflow.expression import log_normalise
 from workflow.grid import make_grid
 from workflow.moments import moments
@@ -53,7 +59,14 @@ def built(grids, tmp_path_factory):
         field, facts = Field(grid, gene_ids, (6, 5), 1e4), {"pitch_um": 100.0, "layout": "offset"}
         write_pack(field, facts, *packs[-1], **DRAW, codec_name="zstd")
     rows = [{"slice": name, "source": "simulated", "organism": "human", "donor": name} for name in NAMES]
-    write_shards(folder / "train", packs, folder / "genes.tsv", split="train", rows=rows, settings=SETTINGS)
+    samples = [sample_spots(grid, gene_ids, 40, target_sum=1e4, seed=0) for grid in grids.values()]
+    axes = principal_axes(samples, read_vocabulary(folder / "genes.tsv").mean, 5)
+    sha256 = hashlib.sha256((folder / "genes.tsv").read_bytes()).hexdigest()
+    write_components(folder / "components.safetensors", *axes, sha256)
+    write_shards(
+        folder / "train", packs, folder / "genes.tsv", split="train", rows=rows, settings=SETTINGS,
+        components=folder / "components.safetensors",
+    )  # fmt: skip
     return folder
 
 
@@ -99,6 +112,73 @@ def test_the_trainer_reads_the_windows_that_were_drawn(built, grids):
         np.testing.assert_array_equal(batch.genes[i].numpy(), window.genes)
         np.testing.assert_array_equal(batch.totals[i].numpy(), window.totals)
     assert not drawn
+
+
+def test_the_trainer_reads_the_components_that_the_pipeline_wrote(built, grids):
+    reader = Shards(built / "train")
+    axes = read_components(reader.components, reader.vocabulary)
+    assert axes.shape == (70, 5)
+    assert torch.allclose(axes.T @ axes, torch.eye(5), atol=1e-5)
+    (built / "train" / "components.safetensors").rename(built / "aside")
+    with pytest.raises(DamagedShards, match="components.safetensors: found no such file"):
+        Shards(built / "train")
+    (built / "aside").rename(built / "train" / "components.safetensors")
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("staggered", "offset"), ("staggered", "rank"), ("square", "rank")])
+def test_distances_between_sites_are_those_of_the_spots_on_the_slide(kind, layout, tmp_path):
+    """What neighbours are told by, from pixels to the batch; a row of spots is missing, so that ranks would mislead."""
+    slice = tiny_slice(seed=3, n_genes=60, kind=kind)
+    slice = slice[slice.obs["array_row"] != 6].copy()
+    grid = make_grid(slice, layout, 100)
+    part = {"gene_ids": grid.gene_ids, "symbols": grid.gene_ids, **moments(grid, 1e4)}
+    write_vocabulary(merge_moments([part]), tmp_path / "genes.tsv")
+    field, facts = Field(grid, list(grid.gene_ids), (6, 5), 1e4), {"pitch_um": 100.0, "layout": grid.layout}
+    pack = (tmp_path / "s.bin", tmp_path / "s.npy")
+    write_pack(field, facts, *pack, **{**DRAW, "min_observed": 0.3}, codec_name="lz4")
+    rows = [{"slice": "tiny", "source": "simulated", "organism": "human", "donor": "d"}]
+    write_shards(tmp_path / "train", [pack], tmp_path / "genes.tsv", split="train", rows=rows, settings=SETTINGS)
+    reader = Shards(tmp_path / "train")
+    batch = reader.read(np.arange(10), np.arange(10), 0, coordinates=True)
+    observed = batch.totals.flatten(1) > 0
+    places = lattice_places(batch.rows, batch.cols, batch.layouts, observed).numpy()
+    windows = {window.number: window for window in draw_windows(field, **{**DRAW, "min_observed": 0.3})}
+    across = 0
+    for i, sample in enumerate(reader.samples):
+        window = windows[int(sample["window"])]
+        spots = grid.spot[window.y : window.y + 6, window.x : window.x + 5].ravel()
+        pixels = slice.obsm["spatial"][spots]
+        seen = np.flatnonzero(observed[i])
+        apart, on_slide = (
+            np.linalg.norm(p[seen, None] - p[None, seen], axis=2)[np.triu_indices(len(seen), 1)]
+            for p in (places[i], pixels)
+        )
+        ratio = on_slide / apart
+        assert ratio.max() / ratio.min() < 1.05  # pixels are rounded and jittered
+        across += (window.array_rows.min() < 6) and (window.array_rows.max() > 6)
+    assert across
+
+
+def test_a_window_larger_than_its_slice_holds_it_whole_for_the_unit_slice(built, grids, tmp_path):
+    gene_ids = read_vocabulary(built / "genes.tsv").gene_id
+    height, width = (max(grid.mask.shape[axis] for grid in grids.values()) + 3 for axis in (0, 1))
+    packs = []
+    for name, grid in grids.items():
+        packs.append((tmp_path / f"{name}.bin", tmp_path / f"{name}.npy"))
+        field, facts = Field(grid, gene_ids, (height, width), 1e4), {"pitch_um": 100.0, "layout": "offset"}
+        write_pack(field, facts, *packs[-1], **{**DRAW, "n": 2, "min_observed": 0.01}, codec_name="lz4")
+    rows = [{"slice": name, "source": "simulated", "organism": "human", "donor": name} for name in NAMES]
+    settings = {**SETTINGS, "window": [height, width], "windows_per_slice": 2}
+    write_shards(tmp_path / "train", packs, built / "genes.tsv", split="train", rows=rows, settings=settings)
+    reader = Shards(tmp_path / "train")
+    batch = reader.read(np.arange(4), np.arange(4), 0)
+    n_spots = [(grids[NAMES[row["slice"]]].total_counts > 0).sum() for row in reader.samples]
+    assert (batch.totals > 0).sum((1, 2)).tolist() == n_spots
+    knobs = {"unit": "slice", "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2}
+    model = build(ModelConfig(n_genes=70, m=16, h=height, w=width, **knobs), reader.vocabulary, 0)
+    loss, number = Objective(model, reader.index, reader.vocabulary, ObjectiveConfig(seed=0))(batch).tolist()
+    assert number == pytest.approx(0.3 * 16 * sum(n_spots), rel=0.1)
+    assert 0 < loss / number < 10
 
 
 def test_stock_webdataset_and_the_trainer_read_the_same(built):

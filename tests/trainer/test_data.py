@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.trainer import corpus
-from trainer.data import Shards, Vocabulary, order
+from trainer.data import Order, Shards, Vocabulary, lattice_lines
 from trainer.errors import DamagedShards, VocabularyMismatch
 
 
@@ -50,44 +50,102 @@ def test_samples_hold_the_counts_of_their_slice(shards, train_slices):
         assert batch.counts.dtype == torch.uint16
 
 
-def test_an_epoch_holds_every_sample_once_and_the_next_one_in_another_order(shards):
-    reader = Shards(shards / "train")
-    n = len(reader)
-    plan = list(islice(reader._plan(7, seed=4, consumed=0), 2 * -(-n // 7)))
-    epochs = [[row for rows, _, epoch in plan for row in rows if epoch == wanted] for wanted in (0, 1)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(n))] * 2
-    assert epochs[0] != epochs[1]
-    assert epochs[0] == order(n, 4, 0).tolist()
-    sizes = Counter(len(rows) for rows, _, _ in plan)
-    assert sizes == {7: 2 * (n // 7), n % 7: 2}  # the last batch of an epoch is smaller
-    assert all(np.array_equal(order(n, 4, epoch)[positions], rows) for rows, positions, epoch in plan)
+def rows_of(order, n, epoch):
+    """The order of an epoch where all samples lie in one shard."""
+    return order.rows(np.zeros(n, int), 1, epoch)
+
+
+def test_an_epoch_holds_every_sample_once_and_the_next_one_in_another_order():
+    n, order = 160, Order(7, seed=4)
+    steps = list(islice(order.steps(n, 0), 2 * -(-n // 7)))
+    for epoch in (0, 1):
+        positions = np.concatenate([some for of, some in steps if of == epoch])
+        assert np.array_equal(positions, np.arange(n))
+        assert sorted(rows_of(order, n, epoch)) == [*range(n)]
+    assert not np.array_equal(rows_of(order, n, 0), rows_of(order, n, 1))
+    assert Counter(len(positions) for _, positions in steps) == {
+        7: 2 * (n // 7),
+        n % 7: 2,
+    }  # an epoch's last is smaller
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    assert np.array_equal(order(1000, 1, 2), order(1000, 1, 2))
-    assert not np.array_equal(order(1000, 1, 2), order(1000, 2, 1))
-    firsts = [order(8, seed, epoch)[0] for seed in range(20) for epoch in range(20)]
+    assert np.array_equal(rows_of(Order(8, 1), 1000, 2), rows_of(Order(5, 1, rank=1, ranks=3), 1000, 2))
+    assert not np.array_equal(rows_of(Order(8, 1), 1000, 2), rows_of(Order(8, 2), 1000, 1))
+    firsts = [rows_of(Order(8, seed), 8, epoch)[0] for seed in range(20) for epoch in range(20)]
     counts = np.bincount(firsts, minlength=8)
     assert ((counts - 50) ** 2 / 50).sum() < 24.3  # chi-square, 7 degrees of freedom, p = .001
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+def test_blocks_shuffle_a_few_shards_at_a_time_and_another_few_each_epoch():
+    shard = np.repeat(np.arange(10), 40)
+    order = Order(8, 1, shuffle="block", block_shards=3)
+    blocks = []
+    for epoch in (0, 1):
+        rows = order.rows(shard, 10, epoch)
+        assert sorted(rows) == [*range(400)]
+        of = [sorted({*shard[rows[begin : begin + 120]].tolist()}) for begin in range(0, 400, 120)]
+        assert [len(shards) for shards in of] == [3, 3, 3, 1]
+        blocks.append(of)
+        first = shard[rows[:120]]
+        assert np.count_nonzero(np.diff(first)) > 60  # the three are mixed, not one behind the other
+    assert blocks[0] != blocks[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_the_state_is_the_number_of_samples_consumed(shards, workers):
-    reader = Shards(shards / "train")
-    whole = list(islice(reader.batches(9, seed=1, workers=workers), 40))  # into the third epoch
+    reader, order = Shards(shards / "train"), Order(9, 1)
+    whole = list(islice(reader.batches(order, workers=workers), 40))  # into the third epoch
     consumed = 0
     for i in range(40):
         if i in (1, 17, 18, 30):
-            resumed = next(iter(reader.batches(9, seed=1, consumed=consumed, workers=workers)))
+            resumed = next(iter(reader.batches(order, consumed, workers)))
             assert resumed.epoch == whole[i].epoch
             for name in ("counts", "genes", "totals", "positions"):
                 assert torch.equal(getattr(resumed, name), getattr(whole[i], name))
         consumed += len(whole[i])
+        assert consumed == order.after(160, consumed - len(whole[i]))
     assert whole[-1].epoch == 2
 
 
+def test_coordinates_come_with_the_batch_where_they_are_asked_for(shards):
+    reader = Shards(shards / "train")
+    batch = reader.read(np.array([3, 90]), np.arange(2), 0, coordinates=True)
+    for i, row in enumerate((3, 90)):
+        facts = json.loads(bytes(reader._member(reader.samples[row], "json")))
+        assert batch.rows[i].tolist() == [y + (facts["y"] + facts["x"]) % 2 for y in facts["array_rows"]]
+        assert batch.cols[i].tolist() == facts["array_cols"]
+    assert batch.layouts.tolist() == [0, 0]
+    assert batch.rows.dtype == batch.cols.dtype == torch.int32
+    assert reader.read(np.array([3]), np.arange(1), 0).rows is None
+
+
+def test_rows_count_one_more_on_an_odd_lattice_and_padding_stays():
+    facts = {"array_rows": [4, 5, -1], "array_cols": [2, -1], "array_row": 4, "layout": "offset"}
+    for col, expected in ((4, [4, 5, -1]), (5, [5, 6, -1])):
+        rows, cols, layout = lattice_lines(facts | {"array_col": col})
+        assert (rows.tolist(), cols.tolist(), layout) == (expected, [2, -1], 0)
+    rows, _, layout = lattice_lines(facts | {"array_col": 5, "layout": "rank"})
+    assert (rows.tolist(), layout) == ([4, 5, -1], 1)
+
+
+def test_components_are_offered_where_the_index_has_them_and_must_be_whole(copy):
+    assert Shards(copy).components is None
+    rewrite_index(copy, components=None)
+    assert Shards(copy).components is None
+    (copy / "components.safetensors").write_bytes(b"axes")
+    rewrite_index(copy, components={"file": "components.safetensors", "sha256": hashlib.sha256(b"axes").hexdigest()})
+    assert Shards(copy).components == copy / "components.safetensors"
+    assert "components" in Shards(copy).identity()
+    (copy / "components.safetensors").write_bytes(b"axis")
+    with pytest.raises(DamagedShards, match="components.safetensors: found [0-9a-f]{64}; expected sha256"):
+        Shards(copy)
+
+
 def test_an_empty_split_has_no_samples(tmp_path):
-    folder = corpus.write_split(tmp_path / "val", "val", [], b"# stpatch genes 1\nindex\tgene_id\tmean\n", 0, 3, 4, 4)
+    folder = corpus.write_split(
+        tmp_path / "val", "val", [], b"# stpatch genes 1\nindex\tgene_id\tmean\tvariance\n", 0, 3, 4, 4
+    )
     assert len(Shards(folder)) == 0
 
 
@@ -118,7 +176,7 @@ def test_a_tar_that_was_cut_is_named_with_both_sizes(copy):
 def test_a_tar_of_the_right_size_with_other_samples_is_named(copy):
     tar = copy / "train-000002.tar"
     tar.write_bytes(b"\0" * tar.stat().st_size)
-    with pytest.raises(DamagedShards, match="train-000002.tar: found .*not a sample's JSON"):
+    with pytest.raises(DamagedShards, match="train-000002.tar: found no member of size .* at byte 0"):
         Shards(copy)
 
 
@@ -132,7 +190,7 @@ def test_a_sample_that_does_not_decode_is_named(copy):
     with pytest.raises(DamagedShards, match=f"{tar.name}, sample 3: found a Blosc buffer"):
         Shards(copy).read(np.array([3]), np.array([3]), 0)
     with pytest.raises(DamagedShards, match=f"{tar.name}, sample 3"):
-        list(islice(Shards(copy).batches(160, seed=0), 1))  # the error reaches the loop through the threads
+        list(islice(Shards(copy).batches(Order(160, 0)), 1))  # the error reaches the loop through the threads
 
 
 def test_an_unknown_version_is_refused(copy):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save
 
 from tests.trainer import corpus
-from trainer import embed
+from tests.trainer.conftest import SMALL
+from trainer import embed, pretrain
 from trainer.errors import DamagedShards, VocabularyMismatch
 from trainer.expression import log_normalise
-from trainer.model import load
+from trainer.model import MaskedAutoencoder, load
 
 
 def read(file):
@@ -86,6 +89,49 @@ def test_an_embedding_is_the_mean_over_the_windows_that_cover_the_spot(model_fol
     np.testing.assert_allclose(X, (sums / number).reshape(-1, 32)[cell], atol=1e-5)
 
 
+@pytest.fixture(scope="module", params=["spot", "multispot", "slice"])
+def other_unit(request, tmp_path_factory, shards):
+    """A model folder of another unit after a few steps."""
+    out = tmp_path_factory.mktemp(request.param) / "model"
+    flags = f"--unit {request.param} --neighbours 6 --domains 3 --inputs centred --steps 12 --lr 3e-3".split()
+    pretrain.main(["--shards", str(shards / "train"), "--out", str(out), *SMALL, *flags])
+    return request.param, out
+
+
+@pytest.mark.parametrize("name", ["usual", "small", "half"])
+def test_the_other_units_embed_the_whole_slice_at_once(other_unit, slices, tmp_path, name):
+    """Against the model on one window as large as the slice, however many sites go by turns; the same bytes twice."""
+    unit, folder = other_unit
+    file, counts, totals, cell, genes = slices[name]
+    model, _, _ = load(folder)
+    values = np.log1p(counts * np.divide(1e4, totals, out=np.zeros_like(totals), where=totals > 0))
+    chosen = sorted(sorted(range(len(genes)), key=lambda k: -values[k][totals > 0].var())[:24])
+    y, x = np.indices(totals.shape)
+    x = (2 * x + y % 2) / 2  # layout offset
+    places = torch.from_numpy(np.stack([y * 0.75**0.5, x], axis=2)).view(1, -1, 2)
+    window = torch.from_numpy(values[chosen]).float().flatten(1).T[None]
+    with torch.no_grad():
+        expected = model.encode(
+            window, torch.from_numpy(genes[chosen])[None], torch.from_numpy(totals.ravel() > 0)[None], None, places
+        )[0].numpy()[cell]
+    X, rows, metadata = read(run(folder, tmp_path / "x.safetensors", file, flags=["--batch-size", "1"]))
+    np.testing.assert_allclose(X, expected, atol=1e-5)
+    assert rows.tolist() == list(range(len(cell)))
+    assert (metadata["stride"], metadata["genes_used"]) == ("none", "24")
+    again = run(folder, tmp_path / "y.safetensors", file, flags=["--batch-size", "1"])
+    assert again.read_bytes() == (tmp_path / "x.safetensors").read_bytes()
+
+
+def test_few_values_at_a_time_give_the_same_embedding(model_folder, slices, tmp_path, monkeypatch):
+    X, _, _ = read(run(model_folder, tmp_path / "x.safetensors", slices["usual"][0], flags=["--genes", "60"]))
+    monkeypatch.setattr(embed, "AT_ONCE", 2 * 30 * 60)  # two windows of all genes
+    seen, encode = [], MaskedAutoencoder.encode
+    monkeypatch.setattr(MaskedAutoencoder, "encode", lambda self, *a: (seen.append(len(a[0])), encode(self, *a))[1])
+    few, _, _ = read(run(model_folder, tmp_path / "y.safetensors", slices["usual"][0], flags=["--genes", "60"]))
+    assert set(seen) == {2}
+    np.testing.assert_allclose(X, few, atol=1e-5)
+
+
 def test_spots_that_share_a_cell_share_its_vector(model_folder, slices, genes_tsv, tmp_path):
     """As layout `bin` puts them: three more spots in cells that have one already, at either end of the slice's order."""
     file, counts, totals, cell, _ = slices["usual"]
@@ -107,12 +153,12 @@ def test_a_cell_outside_the_grid_is_refused(slices, genes_tsv, tmp_path, wrong):
 
 @pytest.mark.parametrize(
     ("cell", "problem"),
-    [(np.zeros(7, np.uint8), "of 7 bytes .*expected a multiple of 4 bytes"), (np.zeros(0, np.int32), "not decode")],
+    [(np.zeros(7, np.uint8), "7 bytes; expected a multiple of 4 bytes"), (np.zeros(0, np.int32), "not decode")],
 )
 def test_cells_that_are_no_numbers_are_refused(slices, genes_tsv, tmp_path, cell, problem):
     _, counts, totals, _, _ = slices["usual"]
     file = corpus.write_whole(tmp_path / "odd.tar", counts, totals, cell, genes_tsv)
-    with pytest.raises(DamagedShards, match=f"odd.tar, cell: found a Blosc buffer .*{problem}"):
+    with pytest.raises(DamagedShards, match=f"odd.tar, cell: found .*{problem}"):
         embed.WholeSlice.read(file)
 
 
@@ -181,6 +227,28 @@ def test_the_untrained_model_is_the_one_training_started_from(model_folder, slic
         (tmp_path / "bare" / name).write_bytes((model_folder / name).read_bytes())
     bare = read(run(tmp_path / "bare", tmp_path / "b.safetensors", slices["usual"][0], flags=["--untrained"]))
     assert np.array_equal(bare[0], control[0])
+
+
+def test_the_untrained_control_of_a_start_from_components_starts_from_them(shards, slices, genes_tsv, tmp_path):
+    folder = tmp_path / "train"
+    shutil.copytree(shards / "train", folder)
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(60, 8)))[0].astype(np.float32)
+    facts = {"format_version": "1", "genes_sha256": corpus.sha256(genes_tsv)}
+    (folder / "components.safetensors").write_bytes(save({"components": axes}, facts))
+    index = json.loads((folder / "index.json").read_text())
+    sha256 = corpus.sha256((folder / "components.safetensors").read_bytes())
+    index["components"] = {"file": "components.safetensors", "sha256": sha256}
+    (folder / "index.json").write_text(json.dumps(index))
+    flags = ["--gene-embeddings", "components", "--steps", "2", *SMALL]
+    pretrain.main(["--shards", str(folder), "--out", str(tmp_path / "model"), *flags])
+    model, _, _ = load(tmp_path / "model", untrained=True)
+    start = model.gene_embedding.weight[:, :8].detach().numpy()
+    np.testing.assert_allclose(start, axes * (60 / 32) ** 0.5, rtol=1e-6)
+    X, _, _ = read(run(tmp_path / "model", tmp_path / "u.safetensors", slices["small"][0], flags=["--untrained"]))
+    (tmp_path / "model" / "components.safetensors").unlink()
+    assert read(run(tmp_path / "model", tmp_path / "t.safetensors", slices["small"][0]))[0].shape == X.shape
+    with pytest.raises(SystemExit, match="found no components.safetensors"):
+        run(tmp_path / "model", tmp_path / "u.safetensors", slices["small"][0], flags=["--untrained"])
 
 
 def test_stride_and_genes_can_be_set(model_folder, slices, tmp_path):

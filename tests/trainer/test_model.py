@@ -1,4 +1,4 @@
-"""The model and its loss, against a reference written with loops, and what they must not depend on."""
+"""The model: what its features and predictions must and must not depend on (its loss: test_objective.py)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,38 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 from trainer import masks
-from trainer.errors import ConfigError
-from trainer.expression import log_normalise
-from trainer.model import ModelConfig, attended, build, position_encoding
+from trainer.data import Vocabulary
+from trainer.errors import ConfigError, VocabularyMismatch
+from trainer.expression import expected_log_normalised, log_normalise
+from trainer.model import ModelConfig, attended, build, position_encoding, rotate, rotation
+from trainer.units import UNITS
 
 CFG = ModelConfig(
-    n_genes=11, m=5, h=2, w=3, width=8, depth=1, heads=2, feed_forward=12, decoder_width=4, decoder_depth=1, decoder_heads=2
+    n_genes=11, m=5, h=2, w=3, width=8, depth=1, heads=2, feed_forward=12, decoder_width=8, decoder_depth=1,
+    decoder_heads=2, neighbours=3, domains=2,
 )  # fmt: skip
 
 
-@pytest.fixture(params=["plain", "centred"])
+MEANS = np.linspace(0.1, 1.2, CFG.n_genes)
+VARIANTS = {unit: {"unit": unit} for unit in UNITS} | {
+    "centred": {"inputs": "centred"},
+    "standardised": {"inputs": "standardised", "unit": "slice"},
+    "relative": {"positions": "relative", "heads": 2, "width": 8},
+    "none": {"positions": "none"},
+}
+
+
+def vocabulary(means=MEANS, sha256="") -> Vocabulary:
+    return Vocabulary([f"g{k}" for k in range(len(means))], means, means**2, sha256)
+
+
+@pytest.fixture(params=VARIANTS)
 def model(request):
-    cfg = dataclasses.replace(CFG, values=request.param)
-    model = build(cfg, np.linspace(0.1, 1.2, CFG.n_genes), seed=3)
+    cfg = dataclasses.replace(CFG, **VARIANTS[request.param])
+    model = build(cfg, vocabulary(), seed=3)
     with torch.no_grad():  # away from the start, where the decoder's last layer is zero
         for weight in model.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
@@ -31,156 +48,98 @@ def model(request):
 
 @pytest.fixture
 def window():
-    """values [2, 6, 5], genes [2, 5], observed [2, 6], masked [2, 6, 5]."""
+    """values [2, 6, 5], genes [2, 5], observed [2, 6], masked [2, 6, 5], places [2, 6, 2]."""
     draw = torch.Generator().manual_seed(1)
     values = torch.rand(2, 6, 5, generator=draw, dtype=torch.float64) * 3
     genes = torch.stack([torch.randperm(CFG.n_genes, generator=draw)[:5].sort().values for _ in range(2)])
     observed = torch.tensor([[1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 0, 1]]).bool()
     masked = torch.rand(2, 6, 5, generator=draw) < 0.4
-    return values, genes, observed, masked
-
-
-def reference_loss(model, values, genes, observed, masked) -> float:
-    """Eq. 8 in plain Python and float64: no batches, no tensor operation but reading the weights."""
-    weights = {name: weight.detach().numpy() for name, weight in model.state_dict().items()}
-
-    def linear(name, x):
-        matrix, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        return [sum(matrix[o][i] * x[i] for i in range(len(x))) + bias[o] for o in range(len(bias))]
-
-    def norm(name, x):
-        mean = sum(x) / len(x)
-        spread = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + 1e-5)
-        return [
-            (v - mean) / spread * g + b
-            for v, g, b in zip(x, weights[f"{name}.weight"], weights[f"{name}.bias"], strict=True)
-        ]
-
-    def block(name, sites, heads, seen):
-        d = len(sites[0])
-        size = d // heads
-        qkv = [linear(f"{name}.query_key_value", norm(f"{name}.norm_attention", x)) for x in sites]
-        out = []
-        for s, x in enumerate(sites):
-            joined = []
-            for head in range(heads):
-                query = qkv[s][head * size : (head + 1) * size]
-                scores = {}
-                for t in range(len(sites)):
-                    if seen[t]:
-                        key = qkv[t][d + head * size : d + (head + 1) * size]
-                        scores[t] = math.exp(sum(a * b for a, b in zip(query, key, strict=True)) / math.sqrt(size))
-                for i in range(size):
-                    value = sum(p * qkv[t][2 * d + head * size + i] for t, p in scores.items())
-                    joined.append(value / sum(scores.values()))
-            x = [a + b for a, b in zip(x, linear(f"{name}.project", joined), strict=True)]
-            hidden = linear(f"{name}.feed_forward.0", norm(f"{name}.norm_feed_forward", x))
-            hidden = [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in hidden]
-            out.append([a + b for a, b in zip(x, linear(f"{name}.feed_forward.2", hidden), strict=True)])
-        return out
-
-    total, number = 0.0, 0
-    for b in range(len(values)):
-        e = [weights["gene_embedding.weight"][k] for k in genes[b]]
-        seen = observed[b].tolist()
-        sites = []
-        for s in range(CFG.h * CFG.w):
-            visible = [k for k in range(CFG.m) if not masked[b, s, k]]
-            y, x = divmod(s, CFG.w)
-            position = []
-            for coordinate in (y, x):
-                angles = [coordinate / 10000 ** (i / (CFG.width // 4)) for i in range(CFG.width // 4)]
-                position += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-            mean = model.gene_mean[genes[b]] if model.cfg.values == "centred" else [0] * CFG.m
-            scale = CFG.m / max(1, len(visible))
-            sites.append(
-                [
-                    scale * sum((values[b, s, k].item() - float(mean[k])) * e[k][i] for k in visible) + position[i]
-                    for i in range(CFG.width)
-                ]
-            )
-        sites = block("encoder.0", sites, CFG.heads, seen)
-        sites = [linear("narrow", norm("encoder_norm", x)) for x in sites]
-        sites = block("decoder.0", sites, CFG.decoder_heads, seen)
-        sites = [linear("widen", norm("decoder_norm", x)) for x in sites]
-        for s, x in enumerate(sites):
-            for k in range(CFG.m):
-                if masked[b, s, k] and seen[s]:
-                    predicted = (
-                        sum(a * c for a, c in zip(x, e[k], strict=True)) + weights["gene_bias.weight"][genes[b, k]][0]
-                    )
-                    total, number = total + (predicted - values[b, s, k].item()) ** 2, number + 1
-    return total / number
-
-
-def test_the_loss_is_that_of_a_reference_written_with_loops(model, window):
-    squared_error, n_masked = model(*window)
-    assert (squared_error / n_masked).item() == pytest.approx(reference_loss(model, *window), rel=1e-6)
+    places = torch.cartesian_prod(torch.arange(2), torch.arange(3)).double().repeat(2, 1, 1)
+    return values, genes, observed, masked, places
 
 
 def test_the_encoder_does_not_see_masked_values(model, window):
-    values, genes, observed, masked = window
-    before = model.encode(values, genes, observed, masked)
-    after = model.encode(values + 7 * masked, genes, observed, masked)
-    assert torch.equal(before, after)
-    assert not torch.allclose(before, model.encode(values + 7 * ~masked, genes, observed, masked))
+    values, *rest = window
+    masked = rest[2]
+    before = model.encode(values, *rest)
+    assert torch.equal(before, model.encode(values + 7 * masked, *rest))
+    assert not torch.allclose(before, model.encode(values + 7 * ~masked, *rest))
 
 
-def test_unobserved_sites_change_neither_the_loss_nor_observed_sites(model, window):
-    values, genes, observed, masked = window
+def test_unobserved_sites_do_not_change_observed_sites(model, window):
+    values, genes, observed, masked, places = window
     changed = values + 5 * ~observed[:, :, None]
-    before, after = (model.encode(v, genes, observed, masked) for v in (values, changed))
+    moved = places + 0.3 * ~observed[:, :, None]
+    before, after = (
+        model.decode(model.encode(v, genes, observed, masked, p), genes, observed)
+        for v, p in ((values, places), (changed, moved))
+    )
     assert torch.equal(before[observed], after[observed])
-    assert model(values, genes, observed, masked)[0] == model(changed, genes, observed, masked)[0]
-    assert model(values, genes, observed, masked)[1] == (masked & observed[:, :, None]).sum()
 
 
-def test_neighbouring_sites_are_attended_to(model, window):
-    values, genes, observed, _ = window
+@pytest.mark.parametrize(("unit", "seen"), [("patch", {1, 2, 3, 4, 5}), ("spot", set()), ("multispot", {1, 3})])
+def test_a_change_is_seen_by_the_sites_of_the_unit_alone(unit, seen, window):
+    """Site 0 changes: at its nearest sites (k = 2, on a square lattice: beside and below), everywhere, nowhere else."""
+    values, genes, _, _, places = window
+    cfg = dataclasses.replace(CFG, unit=unit, neighbours=2)
+    model, observed = build(cfg, vocabulary(), seed=3).double(), torch.ones(2, 6).bool()
     changed = values.clone()
-    changed[0, 0] += 1  # observed
-    assert not torch.allclose(model.encode(values, genes, observed)[0, 5], model.encode(changed, genes, observed)[0, 5])
+    changed[0, 0] += 1
+    before, after = (model.encode(v, genes, observed, None, places) for v in (values, changed))
+    differs = {site for site in range(6) if not torch.allclose(before[0, site], after[0, site], atol=1e-9)}
+    assert differs == {0} | seen
+    assert torch.equal(before[1], after[1])
+
+
+def test_relative_positions_depend_on_differences_alone():
+    """Rotary turns: the product of query and key of two sites is the same wherever the pair lies in the window."""
+    turn = rotation(5, 6, 8).double()
+    query, key = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    query, key = (rotate(x.expand(1, 1, 30, 8), turn)[0, 0].view(5, 6, 8) for x in (query, key))
+    product = (query[1, 2] * key[2, 4]).sum()
+    assert product.item() == pytest.approx((query[3, 1] * key[4, 3]).sum().item(), rel=1e-6)
+    assert product.item() != pytest.approx((query[1, 2] * key[2, 3]).sum().item(), rel=1e-3)
 
 
 def test_the_order_of_genes_does_not_matter(model, window):
-    values, genes, observed, _ = window
+    values, genes, observed, _, places = window
     shuffle = torch.tensor([3, 0, 4, 1, 2])
-    features = model.encode(values, genes, observed)
-    assert torch.allclose(features, model.encode(values[:, :, shuffle], genes[:, shuffle], observed))
+    features = model.encode(values, genes, observed, None, places)
+    other = model.encode(values[:, :, shuffle], genes[:, shuffle], observed, None, places)
+    assert torch.allclose(features, other)
 
 
 def test_masking_and_the_number_of_genes_keep_the_scale_of_the_input(model):
     """A site whose genes are all alike gets the same features however many of them it shows."""
     with torch.no_grad():
         model.gene_embedding.weight[:] = model.gene_embedding.weight[0]
-        model.gene_mean[:] = 0.2
-    observed = torch.ones(1, 6).bool()
+        model.gene_mean[:], model.gene_deviation[:] = 0.2, 0.4
+    rest = torch.ones(1, 6).bool(), None, torch.arange(12.0).view(1, 6, 2).double()
     few, many = torch.arange(3)[None], torch.arange(11)[None]
-    features = model.encode(torch.full((1, 6, 3), 0.7, dtype=torch.float64), few, observed)
-    assert torch.allclose(features, model.encode(torch.full((1, 6, 11), 0.7, dtype=torch.float64), many, observed))
+    values = torch.full((1, 6, 11), 0.7, dtype=torch.float64)
+    features = model.encode(values[:, :, :3], few, *rest)
+    assert torch.allclose(features, model.encode(values, many, *rest))
     masked = torch.zeros(1, 6, 11).bool()
     masked[:, :, 4:] = True
-    values = torch.full((1, 6, 11), 0.7, dtype=torch.float64)
-    assert torch.allclose(features, model.encode(values, many, observed, masked))
+    assert torch.allclose(features, model.encode(values, many, rest[0], masked, rest[2]))
 
 
-def test_a_fresh_model_predicts_each_genes_mean(window):
-    means = np.linspace(0.1, 1.2, CFG.n_genes)
-    model = build(CFG, means, seed=0)
-    values, genes, observed, masked = window
-    features = model.encode(values.float(), genes, observed, masked)
-    predictions = model.decode(features, genes, observed)
+@pytest.mark.parametrize("targets", ["plain", "standardised"])
+def test_a_fresh_model_predicts_each_genes_mean(window, targets):
+    genes, observed, means = window[1], window[2], np.linspace(0.1, 1.2, CFG.n_genes)
+    model = build(dataclasses.replace(CFG, targets=targets), vocabulary(means), seed=0)
+    features = model.encode(window[0].float(), genes, observed, window[3])
+    predictions = model.predict(model.decode(features, genes, observed), genes, torch.ones(2, 6))
     expected = torch.from_numpy(means).float()[genes][:, None, :].expand(-1, 6, -1)
     assert torch.equal(predictions, expected)
 
 
 def test_a_window_without_observed_sites_stays_finite(model, window):
-    values, genes, _, masked = window
+    values, genes, _, masked, places = window
     nothing = torch.zeros(2, 6).bool()
-    squared_error, n_masked = model(values, genes, nothing, masked)
-    assert squared_error.item() == 0
-    assert n_masked.item() == 0
-    assert model.encode(values, genes, nothing).isfinite().all()
+    features = model.encode(values, genes, nothing, masked, places)
+    assert features.isfinite().all()
+    assert model.decode(features, genes, nothing).isfinite().all()
     assert attended(nothing).all()
 
 
@@ -192,7 +151,7 @@ def test_every_site_of_a_window_has_its_own_position():
 
 
 def test_the_first_weights_depend_on_the_seed_alone():
-    means = np.zeros(CFG.n_genes)
+    means = vocabulary(np.zeros(CFG.n_genes))
     torch.manual_seed(5)
     first, state = build(CFG, means, seed=1), torch.random.get_rng_state()
     torch.manual_seed(6)
@@ -204,11 +163,66 @@ def test_the_first_weights_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"heads": 3}, {"width": 6, "heads": 2}, {"depth": 0}, {"values": "odd"}, {"decoder_heads": 0}]
+    "wrong",
+    [
+        {"heads": 3},
+        {"width": 6, "heads": 2},
+        {"depth": 0},
+        {"inputs": "odd"},
+        {"unit": "window"},
+        {"neighbours": 0},
+        {"domains": 0},
+        {"positions": "relative", "width": 12, "heads": 2},
+        {"likelihood": "nb", "targets": "standardised"},
+        {"decoder_heads": 0},
+    ],
 )
 def test_a_shape_that_cannot_be_built_is_refused(wrong):
     with pytest.raises(ConfigError, match="expected"):
         ModelConfig(**{**dict(n_genes=11, m=5, h=2, w=3, width=8, heads=2, decoder_width=4, decoder_heads=2), **wrong})
+
+
+def write_axes(file, axes, sha256="abc"):
+    file.write_bytes(save({"components": axes.astype(np.float32)}, {"format_version": "1", "genes_sha256": sha256}))
+    return file
+
+
+@pytest.mark.parametrize("k", [3, 8, 10])
+def test_gene_embeddings_start_from_components_at_the_scale_of_random_ones(tmp_path, k):
+    axes = np.random.default_rng(0).normal(size=(11, k))
+    file = write_axes(tmp_path / "components.safetensors", axes / np.linalg.norm(axes, axis=0))
+    cfg = dataclasses.replace(CFG, gene_embeddings="components")
+    start = build(cfg, vocabulary(sha256="abc"), 0, file).gene_embedding.weight.detach().numpy()
+    random = build(CFG, vocabulary(), 0).gene_embedding.weight.detach().numpy()
+    n = min(k, 8)
+    for column in range(n):
+        assert np.corrcoef(start[:, column], axes[:, column])[0, 1] == pytest.approx(1, abs=1e-5)
+    assert np.square(start[:, :n]).mean() == pytest.approx(1 / 8, rel=1e-5)
+    np.testing.assert_array_equal(start[:, n:], random[:, n:])
+
+
+def test_missing_or_foreign_components_are_refused(tmp_path):
+    cfg = dataclasses.replace(CFG, gene_embeddings="components")
+    for file in (None, tmp_path / "absent.safetensors"):
+        with pytest.raises(ConfigError, match="found no components.safetensors.*--gene-embeddings random"):
+            build(cfg, vocabulary(), 0, file)
+    file = write_axes(tmp_path / "components.safetensors", np.ones((11, 3)))
+    with pytest.raises(VocabularyMismatch, match="components of genes.tsv abc; expected def"):
+        build(cfg, vocabulary(sha256="def"), 0, file)
+    file.write_bytes(b"nonsense")
+    with pytest.raises(ConfigError, match="expected principal components"):
+        build(cfg, vocabulary(sha256="abc"), 0, file)
+
+
+@pytest.mark.parametrize("dispersion", [None, 0.3, 5.0])
+@pytest.mark.parametrize("mean", [0.0, 0.02, 1.5, 20.0, 300.0])
+def test_the_expected_expression_is_that_of_many_draws(mean, dispersion):
+    rng, scale = np.random.default_rng(0), 4.0
+    counts = rng.poisson(mean if dispersion is None else rng.gamma(dispersion, mean / dispersion, 400_000), 400_000)
+    arguments = [torch.tensor([x], dtype=torch.float64) for x in (mean, scale)]
+    found = expected_log_normalised(*arguments, None if dispersion is None else torch.tensor([dispersion]).double())
+    draws = np.log1p(scale * counts)
+    assert found.item() == pytest.approx(draws.mean(), abs=4 * draws.std() / 400_000**0.5 + 0.02 * draws.mean())
 
 
 def test_normalised_expression_is_zero_where_the_total_is_zero():
@@ -273,6 +287,14 @@ class TestMasks:
             spread = math.sqrt(ratio * (1 - ratio) / (n / len(per)))
             assert (per - ratio).abs().max() < 5 * spread
             assert 0.6 < per.std() / spread < 1.5  # as independent draws spread: no stripes
+
+    def test_sites_are_hidden_at_the_rate_asked_and_apart_from_their_entries(self):
+        sites = masks.site_mask(0, 0, torch.arange(400), 36, 0.3)
+        assert abs(sites.double().mean() - 0.3) < 5 * math.sqrt(0.21 / sites.numel())
+        entries = masks.entry_mask(0, 0, torch.arange(400), 36, self.genes[:1].expand(400, -1), 0.3).double()
+        hidden, shown = entries[sites].mean(), entries[~sites].mean()
+        assert abs(hidden - shown) < 5 * math.sqrt(0.21 / entries[sites].numel() * 2)
+        assert torch.equal(sites[7:9], masks.site_mask(0, torch.tensor(0), torch.arange(7, 9), 36, 0.3))
 
     def test_neighbouring_entries_are_independent(self):
         mask = self.mask().double() - 0.3

@@ -18,6 +18,7 @@ from workflow.deposits import PITCH_PX, WRITERS, domain_names, mex, positions, w
 from workflow.errors import (
     BadLabels,
     CountOverflow,
+    DownloadFailed,
     EmptySlice,
     MissingFile,
     MissingPositions,
@@ -27,6 +28,7 @@ from workflow.errors import (
     PositionsMismatch,
     SliceError,
     UnknownGenes,
+    Unreadable,
     WrongOrganism,
 )
 from workflow.grid import make_grid
@@ -446,11 +448,27 @@ def test_a_listing_says_where_simulated_and_fetched_files_lie(tmp_path):
         {"path": "b.csv", "role": "slice"},
         {"path": "l.tsv", "role": "labels"},
     ]
-    listing.write_text(json.dumps(entries))
+    listing.write_text(json.dumps({"version": 1, "files": entries, "quarantine": None}))
     files, labels = located(row(source="geo"), listing)
     assert [path.name for path in files] == ["a.h5", "b.csv"]
     assert labels.name == "l.tsv"
     assert located(row(), None) == (None, None)
+
+
+def test_a_slice_that_could_not_be_downloaded_is_rejected_with_the_downloads_own_reason(tmp_path):
+    reason = DownloadFailed(slice="sim_t", file="https://h/a", found="HTTP 503", expected="it", next_step="wait").as_row()
+    listing = tmp_path / "files.json"
+    listing.write_text(json.dumps({"version": 1, "files": [], "quarantine": reason}))
+    with pytest.raises(SliceError, match=r"\[download_failed\] slice sim_t .*HTTP 503") as failure:
+        located(row(source="geo"), listing)
+    assert rejected(row(), failure.value).uns["stpatch"]["quarantine"] == reason
+
+
+def test_a_listing_of_another_version_is_refused(tmp_path):
+    listing = tmp_path / "files.json"
+    listing.write_text("[]")
+    with pytest.raises(Unreadable, match="run again with --forcerun .*files.json"):
+        located(row(source="geo"), listing)
 
 
 def test_nothing_at_the_url_is_a_missing_file(tmp_path):

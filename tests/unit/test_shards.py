@@ -43,7 +43,8 @@ def build(grids, folder, names=NAMES, split="train", **changes):
     """The split's folder, from grids to index."""
     folder.mkdir(exist_ok=True)
     settings = {**SETTINGS, **changes}
-    parts = [{"gene_ids": g.gene_ids, "symbols": g.gene_ids, "n_spots": 1, "sum": 0, "m2": 0} for g in grids.values()]
+    flat = {"n_spots": 1, "sum": np.zeros(60), "m2": np.zeros(60)}
+    parts = [{"gene_ids": grid.gene_ids, "symbols": grid.gene_ids, **flat} for grid in grids.values()]
     write_vocabulary(merge_moments(parts), folder / "genes.tsv")
     packs = []
     for name in names:
@@ -111,6 +112,19 @@ def test_stock_webdataset_reads_the_same_arrays_as_the_index(built):
             np.testing.assert_array_equal(ours, theirs)
             assert ours.dtype == theirs.dtype
     assert seen == list(expected)  # in the order of samples.npy too
+
+
+def test_the_corpus_components_go_along_where_there_are_any(grids, tmp_path):
+    (tmp_path / "made.safetensors").write_bytes(b"axes")
+    settings = {"split": "val", "rows": [], "settings": SETTINGS, "components": tmp_path / "made.safetensors"}
+    _, index = build(grids, tmp_path, names=[])
+    assert "components" not in index
+    folder, genes = tmp_path / "shards" / "val", tmp_path / "genes.tsv"
+    index = write_shards(folder, [], genes, **settings)
+    assert (folder / index["components"]["file"]).read_bytes() == b"axes"
+    assert index["components"]["sha256"] == hashlib.sha256(b"axes").hexdigest()
+    write_shards(folder, [], genes, **{**settings, "components": None})
+    assert not (folder / "components.safetensors").exists()
 
 
 def test_windows_of_all_slices_are_mixed_over_several_tars(built):

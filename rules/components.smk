@@ -1,0 +1,30 @@
+"""The corpus' principal axes, from which gene embeddings may start.
+
+In: <results>/grids/{slice}.zarr of the admitted training slices, <results>/stats/genes.tsv
+Out: <results>/stats/components.safetensors
+"""
+
+
+rule components:
+    input:
+        grids=lambda wildcards: expand("<results>/grids/{slice}.zarr", slice=admitted("train")),
+        genes="<results>/stats/genes.tsv",
+    output:
+        "<results>/stats/components.safetensors",
+    log:
+        "<results>/logs/components/components.log",
+    benchmark:
+        "<results>/benchmarks/components/components.tsv"
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        # The sample of a slice takes some 15 MB in all; one grid is in memory at a time.
+        mem_mb=lambda wildcards, input, attempt: (4000 + 15 * len(input.grids)) * attempt,
+    params:
+        k=config["components"],
+        spots_per_slice=config["component_spots"],
+        target_sum=config["target_sum"],
+        seed=config["seed"],
+    script:
+        "../workflow/components.py"
