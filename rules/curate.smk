@@ -5,14 +5,16 @@ resources/simulated/{slice}/deposit.json; the map of raw labels where the slice'
 Out: <results>/slices/{slice}.h5ad (a rejected slice has no spots, and its reason inside).
 """
 
-from workflow.catalogue import label_map
+from workflow.catalogue import label_maps
 from workflow.sources import curate_inputs
+
+LABEL_MAPS = label_maps(ROLES, ROOT)
 
 
 rule curate:
     input:
         unpack(lambda wildcards: curate_inputs(SLICES[wildcards.slice])),
-        label_map=lambda wildcards: label_map(ROLES, wildcards.slice, ROOT) or [],
+        label_map=lambda wildcards: LABEL_MAPS.get(wildcards.slice, []),
         genes=expand(ROOT / "catalogue/aux/genes_{organism}.tsv", organism=["human", "mouse"]),
     output:
         "<results>/slices/{slice}.h5ad",

@@ -9,8 +9,13 @@ slices take members from.
 
 from workflow.sources import AT_ONCE, AT_ONCE_NCBI, REMOTE_SOURCES, concerning, host_resource, hosts_of
 
-REMOTE_SLICES = {name: hosts_of(row) for name, row in SLICES.items() if row["source"] in REMOTE_SOURCES}
-HOST_RESOURCES = sorted({host_resource(host) for hosts in REMOTE_SLICES.values() for host in hosts})
+# slice -> the resources that its hosts are
+REMOTE_SLICES = {
+    name: {host_resource(host) for host in hosts_of(row)}
+    for name, row in SLICES.items()
+    if row["source"] in REMOTE_SOURCES
+}
+HOST_RESOURCES = sorted(set().union(*REMOTE_SLICES.values()))
 
 # Politeness: so many downloads at a time from one host, whatever --cores and --jobs allow; a profile or --resources may say less.
 for name in HOST_RESOURCES:
@@ -19,7 +24,7 @@ for name in HOST_RESOURCES:
 
 
 def taken_from(resource):
-    return lambda wildcards: int(resource in map(host_resource, REMOTE_SLICES[wildcards.slice]))
+    return lambda wildcards: int(resource in REMOTE_SLICES[wildcards.slice])
 
 
 rule download:
@@ -29,8 +34,6 @@ rule download:
         "<results>/logs/download/{slice}.log",
     benchmark:
         "<results>/benchmarks/download/{slice}.tsv"
-    wildcard_constraints:
-        slice="|".join(REMOTE_SLICES) or "(?!)",
     conda:
         "../envs/data.yaml"
     threads: 1

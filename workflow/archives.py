@@ -23,6 +23,14 @@ from workflow.intact import ALWAYS_FINE, GZIP, LARGEST_RATIO, why_not_intact
 from workflow.transfer import Client, RangeReader, Source, problem, settle
 
 ENDINGS = (".tar.gz", ".tgz", ".tar", ".zip")
+EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+LONGEST_HEADER = 1 << 20  # bytes of such an extension, which tarfile reads into memory whole
 BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
 
 
@@ -139,7 +147,7 @@ def spans_in(archive: Source, stream: RangeReader | BinaryIO) -> dict[str, tuple
     UnsafeArchive, Unreadable, and what the stream raises
     """
     spans: dict[str, tuple[int, int]] = {}
-    with _broken_is_unreadable(archive), tarfile.open(fileobj=stream, mode="r:") as tar:
+    with _broken_is_unreadable(archive), tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as tar:
         for member in tar:
             _vet(archive, member.name, plain=member.isfile() and not member.issparse(), folder=member.isdir())
             if member.isdir():
@@ -194,7 +202,7 @@ def _tar_members(archive: Source, limits: Limits, packed: bool):
     with open(archive.path, "rb") as raw:
         metered = _Metered(gzip.GzipFile(fileobj=raw) if packed else raw, most)
         try:
-            with tarfile.open(fileobj=metered, mode="r|") as tar:
+            with tarfile.open(fileobj=metered, mode="r|", tarinfo=_Header) as tar:
                 for number, member in enumerate(tar):
                     if number >= limits.count:
                         raise _refused(archive, f"more than {limits.count} members", "fewer")
@@ -229,6 +237,8 @@ def _refused(archive: Source, found: str, expected: str) -> UnsafeArchive:
 def _broken_is_unreadable(archive: Source) -> Iterator[None]:
     try:
         yield
+    except _LongHeader as long:
+        raise _refused(archive, f"a header of {long} bytes", f"up to {LONGEST_HEADER}") from long
     except BROKEN as broken:
         raise problem(
             Unreadable,
@@ -241,6 +251,21 @@ def _broken_is_unreadable(archive: Source) -> Iterator[None]:
 
 class _TooLarge(Exception):
     pass
+
+
+class _LongHeader(Exception):
+    pass
+
+
+class _Header(tarfile.TarInfo):
+    """A tar's header whose extension isn't longer than any name needs."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in EXTENSIONS and header.size > LONGEST_HEADER:
+            raise _LongHeader(header.size)
+        return header
 
 
 class _Metered:

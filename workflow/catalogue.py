@@ -178,14 +178,12 @@ def merge_roles(roles: list[dict[str, str]]) -> dict[str, dict[str, str]]:
     return slices
 
 
-def label_map(roles: list[dict[str, str]], slice: str, root: Path) -> str | None:
-    """The table that maps the raw labels of a slice's evaluation set, ``catalogue/aux/labels_{set}.tsv``; None if it has none."""
-    for row in roles:
-        if row["slice"] == slice and row["split"] not in PRETRAINED and row["label_column"]:
-            path = resolve(f"catalogue/aux/labels_{row['split']}.tsv", root)
-            if Path(path).exists():
-                return path
-    return None
+def label_maps(roles: list[dict[str, str]], root: Path) -> dict[str, str]:
+    """The table that maps the raw labels of a slice's evaluation set, ``catalogue/aux/labels_{set}.tsv``, of slices that have one."""
+    labelled = [row for row in roles if row["split"] not in PRETRAINED and row["label_column"]]
+    tables = {name: resolve(f"catalogue/aux/labels_{name}.tsv", root) for name in {row["split"] for row in labelled}}
+    there = {name for name, path in tables.items() if Path(path).exists()}
+    return {row["slice"]: tables[row["split"]] for row in reversed(labelled) if row["split"] in there}
 
 
 def identities(row: dict[str, str]) -> dict[str, set[str]]:

@@ -26,7 +26,7 @@ from workflow import geo
 from workflow.catalogue import columns, load_catalogue, resolve
 from workflow.errors import CatalogueError, DownloadFailed, MissingFile, SliceError, Unreadable
 from workflow.locators import parse
-from workflow.transfer import Client, Manners, Source
+from workflow.transfer import BUSY, Client, Manners, Source
 
 ROOT = Path(__file__).resolve().parents[1]
 API = "https://api.cellxgene.cziscience.com/curation/v1"
@@ -508,7 +508,7 @@ def main(argv: list[str] | None = None, pause: float = PAUSE, **manners) -> int:
         parser.error("--mirror: expected https://host=http://...")
     try:
         table = [row for path in given.table for row in load_catalogue(resolve(path, ROOT))]
-        with Client(Manners(hosts=HOSTS, mirrors=mirrors, **manners)) as client:
+        with Client(Manners(hosts=HOSTS, mirrors=mirrors, busy=BUSY, **manners)) as client:
             if given.source == "cellxgene":
                 ask = Asking(client, "cellxgene")
                 found = discover_cellxgene(ask, table, given.organism, given.query or "", given.split)

@@ -63,14 +63,21 @@ def download(row: dict[str, str], folder: Path, lock: Lock, **options) -> dict:
         A row that no download could be made of; a table is corrected, not set apart.
     """
     listing, listed = Path(folder) / "files.json", {"version": FORMAT_VERSION, "files": [], "quarantine": None}
-    try:
-        listed["files"] = fetch_slice(row, folder, lock, **options)
-        _tidy(Path(folder), keep={Path(entry["path"]) for entry in listed["files"]})
-    except SliceError as error:
-        logger.error("set apart: %s", error, exc_info=error.__cause__)
-        again = f"; then run again with --forcerun {listing.as_posix()}"
-        listed["quarantine"] = error.as_row() | {"next_step": error.next_step + again}
-    write(listing, json.dumps(listed, indent=1).encode() + b"\n")
+    with _alone(lock.record):  # a job outlives a Snakemake that was killed, and goes on writing
+        try:
+            if files := lock.kept(row):
+                logger.info("all %d files are here already", len(files))
+            else:
+                files = fetch_slice(row, folder, lock, **options)
+                _tidy(Path(folder), keep={Path(entry["path"]) for entry in files})
+                lock.keep(row, files)
+            listed["files"] = files
+        except SliceError as error:
+            logger.error("set apart: %s", error)
+            logger.info("because of", exc_info=error.__cause__ or error)
+            again = f"; then run again with --forcerun {listing.as_posix()}"
+            listed["quarantine"] = error.as_row() | {"next_step": error.next_step + again}
+        write(listing, json.dumps(listed, indent=1).encode() + b"\n")
     return listed
 
 
@@ -434,7 +441,11 @@ def _alone(path: Path) -> Iterator[None]:
     """Only one job at a time works on a file that several want; the others wait, and then find it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("%s: another job works on it; this one waits for its end", path)
+            fcntl.flock(guard, fcntl.LOCK_EX)
         yield
 
 

@@ -111,6 +111,7 @@ def estimate(
     built = all((root / results / "shards" / split / "index.json").exists() for split in ("train", "val"))
     n = simulated = downloads = guessed = 0
     download_bytes = disk_bytes = seconds = 0.0
+    archives: set[str] = set()
     for row in slices:
         name, spots = row["slice"], int(row["spots"] or TYPICAL_SPOTS)
         fetched = row["source"] not in REMOTE_SOURCES or (root / f"resources/download/{name}/files.json").exists()
@@ -122,8 +123,13 @@ def estimate(
         simulated += row["source"] == "simulated"
         if not fetched:
             size, known = deposited_bytes(row, spots)
+            archive = row["url"].split("#")[0] if "member=" in row["url"] and " " not in row["url"] else ""
             downloads += 1
-            guessed += not known
+            if archive and archive in archives:  # fetched once for all
+                size = 0.0
+            else:
+                guessed += not known
+            archives.add(archive)
             download_bytes += size
             disk_bytes += size
         disk_bytes += spots * ((not curated) * CURATED + (not gridded) * GRID)

@@ -12,13 +12,15 @@ writes `catalogue/aux/visium_human.lock.tsv` (below the working directory), sort
 import argparse
 import csv
 import io
+import json
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 from workflow.catalogue import load_catalogue
 from workflow.errors import CatalogueError
-from workflow.transfer import Pin, write
+from workflow.transfer import Pin, digest_of, write
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEN = Path("resources/lock")  # one table a slice: its jobs run side by side
@@ -79,17 +81,25 @@ class Lock:
     """
 
     def __init__(self, slice: str, record: Path, tables: list[Path]) -> None:
-        self.slice, self.record = slice, Path(record)
-        self.own = read_lock(self.record) if self.record.is_file() else []
-        self.known = [(line, str(path)) for path in tables for line in read_lock(path)]
-        self.known += [(line, str(self.record)) for line in self.own]
+        self.slice, self.record, self.tables = slice, Path(record), tables
+
+    # Read when first asked for: by then the job before, which may just have written it, is through (`workflow.download`).
+    @cached_property
+    def own(self) -> list[Line]:
+        return read_lock(self.record) if self.record.is_file() else []
+
+    @cached_property
+    def known(self) -> list[tuple[Line, Path]]:
+        return [(line, path) for path in self.tables for line in read_lock(path)] + [
+            (line, self.record) for line in self.own
+        ]
 
     def pins(self, url: str) -> tuple[Pin, ...]:
         """The digests that a url must have."""
         found = {}
         for line, path in self.known:
             if line.url == url:
-                found.setdefault(line.sha256, Pin("sha256", line.sha256, f"{path}, first seen {line.first_seen},"))
+                found.setdefault(line.sha256, Pin("sha256", line.sha256, str(path), line.first_seen))
         return tuple(found.values())
 
     def urls(self, beginning: str) -> list[str]:
@@ -103,9 +113,26 @@ class Lock:
         if any(line.url == url and line.sha256 == sha256 for line in self.own):
             return
         line = Line(self.slice, url, size, sha256, datetime.now(UTC).date().isoformat())
+        self.known.append((line, self.record))
         self.own.append(line)
-        self.known.append((line, str(self.record)))
         write_lock(self.record, self.own)
+
+    @property
+    def _outcome(self) -> Path:
+        return self.record.with_suffix(".json")
+
+    def keep(self, row: dict[str, str], files: list[dict]) -> None:
+        """Note what a whole download of a row gave: the entries of files.json."""
+        write(self._outcome, json.dumps({"row": row, "files": files}).encode())
+
+    def kept(self, row: dict[str, str]) -> list[dict]:
+        """What the last download gave, if it was of this row, nothing pins other bytes, and all of it is still there."""
+        noted = json.loads(self._outcome.read_text()) if self._outcome.is_file() else {}
+        pinned = all(pin.digest == line.sha256 for line in self.own for pin in self.pins(line.url))
+        if noted.get("row") != row or not pinned:
+            return []
+        paths = {Path(entry["path"]): entry["sha256"] for entry in noted["files"]}
+        return noted["files"] if all(path.is_file() and digest_of(path) == paths[path] for path in paths) else []
 
 
 def shipped() -> list[Path]:

@@ -94,5 +94,5 @@ def host_resource(host: str) -> str:
 
 def concerning(row: dict[str, str], by_host: dict) -> dict:
     """The entries of a mapping from hosts or ``https://host`` that concern a row: others must not rerun its download."""
-    hosts = hosts_of(row)
+    hosts = hosts_of(row) if by_host else []
     return {at: value for at, value in by_host.items() if (urlsplit(at).hostname or at) in hosts}

@@ -35,7 +35,7 @@ progress = logging.getLogger("download.progress")  # a handler of its own shows 
 CHUNK = 1 << 16  # bytes a read: also what is lost at most when a connection breaks
 WINDOW = 1 << 16  # bytes asked for at a time where single headers of a remote tar are read
 LONGEST_TEXT = 32 << 20  # bytes of a listing
-BUSY = {408, 425, 429, 500, 502, 503, 504}  # answers worth another try
+BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})  # answers worth another try
 GAIN = 1 << 20  # bytes that an attempt must bring for the count of attempts to start again
 
 T = TypeVar("T")
@@ -48,6 +48,7 @@ class Pin:
     algorithm: str  # sha256 or md5
     digest: str
     where: str = "the catalogue"
+    since: str = ""  # date of the first download, where that is who says so
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ class Manners:
     mirrors
         ``https://host`` -> what stands in for it in a request; everything recorded keeps the url itself.
     attempts, backoff
-        A failed attempt is repeated so often, after `backoff`, which doubles; what brought data isn't counted.
+        A failed attempt is repeated so often, after `backoff`, which doubles (four minutes in all, so that an outage that short
+        sets no slice apart); what brought data isn't counted.
+    busy
+        Answers after which a file is asked for again: 403 too, which GEO and storage behind CDNs give when they are asked too often.
     longest_wait
         Wishes of a server to be left alone beyond this end the download.
     timeout
@@ -104,8 +108,9 @@ class Manners:
 
     hosts: frozenset[str]
     mirrors: Mapping[str, str] = field(default_factory=dict)
-    attempts: int = 6
-    backoff: float = 1.0
+    attempts: int = 8
+    backoff: float = 2.0
+    busy: frozenset[int] = BUSY | {403}
     longest_wait: float = 300.0
     timeout: tuple[float, float] = (10.0, 60.0)
     slowest: float = 1000.0
@@ -210,7 +215,7 @@ class Client:
         def attempt() -> str:
             with self.get(source, {}) as response:
                 if response.status_code != 200:
-                    raise _refusal(source, response)
+                    raise _refusal(source, response, self.manners)
                 data = response.raw.read(LONGEST_TEXT + 1, decode_content=True)
             if len(data) > LONGEST_TEXT:
                 raise _failed(source, f"a listing of more than {LONGEST_TEXT} bytes")
@@ -251,7 +256,7 @@ class RangeReader:
             if response.status_code == 200 or (response.status_code == 206 and total is None):
                 raise _failed(self.source, "a server that gives no byte ranges, so that no member can be read alone")
             if response.status_code != 206:
-                raise _refusal(self.source, response)
+                raise _refusal(self.source, response, self.client.manners)
             if start != self.at or self.size not in (None, total):
                 raise TryAgain("a range that is not the one asked for, or of another file")
             data = response.raw.read(size, decode_content=False)
@@ -321,7 +326,7 @@ def _transfer(source: Source, part: Path, client: Client) -> bool:
             _discard(part)
             raise TryAgain("a file that changed meanwhile")
         else:
-            raise _refusal(source, response)
+            raise _refusal(source, response, client.manners)
         if source.nbytes is not None and total not in (None, source.nbytes):
             raise _changed(source, f"{total} bytes", f"{source.nbytes} bytes")
         with open(part, "ab" if have else "wb") as out:
@@ -356,9 +361,9 @@ def _copy(response: requests.Response, out, have: int, total: int | None, source
             )
 
 
-def _refusal(source: Source, response: requests.Response) -> Exception:
+def _refusal(source: Source, response: requests.Response, manners: Manners) -> Exception:
     status = response.status_code
-    if status in BUSY:
+    if status in manners.busy:
         return TryAgain(f"HTTP {status}", after=_retry_after(response.headers.get("Retry-After", "")))
     if status in (404, 410):
         return problem(
@@ -430,7 +435,7 @@ def _check(source: Source, part: Path, resumed: bool) -> None:
         wrong = _changed(source, f"{size} bytes", f"{source.nbytes} bytes")
     elif found := _wrong_digest(source, part):
         pin, digest = found
-        wrong = _changed(source, f"{pin.algorithm} {digest} ({size} bytes)", pin.digest, pin.where)
+        wrong = _changed(source, f"{pin.algorithm} {digest} ({size} bytes)", pin.digest, pin.where, pin.since)
     elif why := why_not_intact(part, source.path.name):
         wrong = problem(
             why.kind,
@@ -497,11 +502,11 @@ def _failed(source: Source, found: str) -> SliceError:
     )
 
 
-def _changed(source: Source, found: str, expected: str, where: str = "the catalogue") -> SliceError:
+def _changed(source: Source, found: str, expected: str, where: str = "the catalogue", since: str = "") -> SliceError:
     return problem(
         SourceChanged,
         source,
         found=found,
-        expected=f"{expected}, as {where} has it",
+        expected=f"{expected}, as {where} has it" + (f", first seen {since}" if since else ""),
         next_step=f"find out why the source changed; if the new file is right, correct its line in {where}",
     )

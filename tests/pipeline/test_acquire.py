@@ -154,7 +154,7 @@ def test_a_host_is_asked_by_few_jobs_at_a_time_and_hosts_side_by_side(tmp_path):
     with serving() as server:
         for row in rows:
             at = server.put(row["url"], body)
-            server.always[at] = {"drip": (len(body) // 5, 1.5)}
+            server.always[at] = {"drip": (len(body) // 5, 0.9)}
         write_config(tmp_path, server, rows)
         run(tmp_path, "--cores", 5, *(f"resources/download/{row['slice']}/files.json" for row in rows))
         assert server.most_at_once("/ftp.ncbi.nlm.nih.gov") <= 3  # of four, on five cores

@@ -314,7 +314,7 @@ def test_a_server_that_fails_is_not_an_empty_folder(server, tmp_path, capsys):
     server.always[server.path(geo.sample_dir("GSM900001"))] = {"status": 503}
     code, lines, _ = run(server, tmp_path, capsys, "--source", "geo")
     assert code == 0
-    assert lines[0].startswith("! GSE900001: HTTP 503 at attempt 6 of 6")
+    assert lines[0].startswith("! GSE900001: HTTP 503 at attempt 8 of 8")
 
 
 def test_samples_of_the_table_are_compared_with_their_files(server, tmp_path, capsys):

@@ -253,6 +253,38 @@ def test_a_killed_download_fetches_only_the_missing_range(server, tmp_path):
     assert (tmp_path / "s1.h5ad").read_bytes() == BODY
 
 
+def test_a_job_that_outlived_its_snakemake_is_waited_for_and_what_it_fetched_is_used(server, tmp_path):
+    folder = tmp_path / "s1"
+    interrupt(server, folder)
+    server.script["/a.h5ad"] = [{"drip": (FIFTH // 2, 0.2)}]
+    orphan = start(row(server), folder)
+    deadline = time.monotonic() + 15
+    while len(server.requests) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    download(row(server), folder, lock(folder))
+    assert orphan.wait() == 0
+    assert server.seen[1:] == [("/a.h5ad", f"bytes={FIFTH}-")]  # of the orphan; nobody else wrote into its part
+    assert (folder / "s1.h5ad").read_bytes() == BODY
+
+
+def test_a_download_that_is_run_again_asks_for_nothing_that_is_there(server, tmp_path):
+    server.files |= {"/x_spatial.tar.gz": SPATIAL, "/x_filtered_feature_bc_matrix.h5": BODY}
+    wanted = row(server, "/x_filtered_feature_bc_matrix.h5", "/x_spatial.tar.gz", format="spaceranger")
+    folder = tmp_path / "s1"
+    listed = download(wanted, folder, lock(folder))
+    (folder / "files.json").unlink()  # as Snakemake does before it runs a job again
+    assert download(wanted, folder, lock(folder)) == listed == json.loads((folder / "files.json").read_text())
+    assert len(server.requests) == 2
+    positions = folder / "outs/spatial/tissue_positions_list.csv"
+    positions.write_bytes(b"damaged")
+    assert download(wanted, folder, lock(folder)) == listed
+    assert [path for path, _ in server.seen[2:]] == ["/x_spatial.tar.gz"]
+    assert positions.read_bytes() == POSITIONS
+    quarantined = download(wanted | {"sha256": "0" * 64}, folder, lock(folder))["quarantine"]
+    assert quarantined["code"] == "source_changed"
+
+
 KILLED_AGAIN_AND_AGAIN = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -312,6 +344,12 @@ def test_two_internal_errors_and_then_the_file(server, tmp_path):
     server.script["/a.h5ad"] = [{"status": 500}, {"status": 500}]
     get(row(server), tmp_path)
     assert len(server.seen) == 3
+    assert (tmp_path / "s1.h5ad").read_bytes() == BODY
+
+
+def test_a_server_that_forbids_for_a_while_gives_the_file_in_the_end(server, tmp_path):
+    server.script["/a.h5ad"] = [{"status": 403}, {"status": 403}]
+    get(row(server), tmp_path)
     assert (tmp_path / "s1.h5ad").read_bytes() == BODY
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import tarfile
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.fetching import BODY, PLACES, POSITIONS, SPATIAL, WHOLE, archive, files_below, get, lock, row, zipped
-from workflow.archives import Limits, extract, names_in
+from workflow.archives import Limits, extract, names_in, spans_in
 from workflow.download import download, unpack
 from workflow.errors import MissingFile, MissingPositions, UnknownFormat, Unreadable, UnsafeArchive
 from workflow.transfer import Source
@@ -109,6 +110,17 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path):
         extract(big, {"spatial/tissue_positions_list.csv": tmp_path / "x.csv"}, Limits(member=3000))
     with pytest.raises(UnsafeArchive, match="more than 1 members"):
         names_in(kept(tmp_path, SPATIAL), Limits(count=1))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_too_long_to_be_held_in_memory_is_refused_before_it_is_read(tmp_path, kind):
+    info = special("x", kind)
+    info.size = 50 << 30
+    claimed = info.tobuf(format=tarfile.GNU_FORMAT) + bytes(10_000)
+    with pytest.raises(UnsafeArchive, match=f"a header of {50 << 30} bytes"):
+        names_in(kept(tmp_path, gzip.compress(claimed)))
+    with pytest.raises(UnsafeArchive, match=f"a header of {50 << 30} bytes"):
+        spans_in(Source("s1", "https://h/x.tar", Path()), io.BytesIO(claimed))
 
 
 @pytest.mark.parametrize("at", [0.3, 0.99])

@@ -138,7 +138,7 @@ def test_an_unpinned_file_is_held_to_what_it_was_when_first_seen(server, tmp_pat
     assert len(server.requests) == 1  # here already: the record vouches for it
     (tmp_path / "s1.h5ad").unlink()
     server.files["/a.h5ad"] = h5(seed=1)
-    with pytest.raises(SourceChanged, match=f"{sha256(h5(seed=1))}.*{sha256(BODY)}.*first seen"):
+    with pytest.raises(SourceChanged, match=f"{sha256(h5(seed=1))}.*{sha256(BODY)}.*first seen 2.*line in .*lock.tsv$"):
         get(row(server), tmp_path)
 
 

@@ -46,6 +46,12 @@ def test_sizes_of_some_of_the_urls_are_a_lower_bound():
     assert deposited_bytes(row("a", url="https://h/1 https://h/2", bytes="9000000000"), 1000) == (9e9, False)
 
 
+def test_an_archive_that_several_slices_take_members_from_is_fetched_once(tmp_path):
+    rows = [row(name, url=f"https://h/x.zip#member={name}.h5ad", bytes="500000000") for name in "ab"]
+    found = of(rows, tmp_path)
+    assert (found.downloads, found.guessed, found.download_bytes) == (2, 0, 5e8)
+
+
 def test_what_lies_there_is_not_counted_again(tmp_path):
     make(tmp_path, "resources/download/a/files.json")
     fetched = of([row("a")], tmp_path)

@@ -9,7 +9,7 @@ from collections import defaultdict
 import pytest
 
 from tests.conftest import ROOT
-from workflow.catalogue import contaminated, identities, label_map, load_catalogue, load_ids, main, repeated
+from workflow.catalogue import contaminated, identities, label_maps, load_catalogue, load_ids, main, repeated
 from workflow.locators import parse
 
 AUX = ROOT / "catalogue" / "aux"
@@ -246,6 +246,4 @@ def test_a_slices_label_map_is_that_of_its_evaluation_set_and_only_where_it_has_
         {"slice": "b", "split": "Col", "label_column": ""},
         {"slice": "c", "split": "DLPFC", "label_column": "x"},
     ]
-    assert label_map(roles, "a", ROOT) == str(AUX / "labels_Col.tsv")
-    assert label_map(roles, "b", ROOT) is None
-    assert label_map(roles, "c", ROOT) is None
+    assert label_maps(roles, ROOT) == {"a": str(AUX / "labels_Col.tsv")}
