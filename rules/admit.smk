@@ -23,7 +23,7 @@ checkpoint admit:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=2000,
+        mem_mb=lambda wildcards, attempt: 3000 * attempt,
     params:
         roles=ROLES,
         barred=BARRED,

@@ -19,11 +19,11 @@ rule components:
         "../envs/data.yaml"
     threads: 1
     resources:
-        # The sample of a slice takes some 15 MB in all; one grid is in memory at a time.
-        mem_mb=lambda wildcards, input, attempt: (4000 + 15 * len(input.grids)) * attempt,
+        # The sample is bounded whatever the number of slices, and one grid is in memory at a time.
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
     params:
         k=config["components"],
-        spots_per_slice=config["component_spots"],
+        spots=config["component_spots"],
         target_sum=config["target_sum"],
         seed=config["seed"],
     script:

@@ -12,11 +12,13 @@ rule simulate:
         manifest="resources/simulated/{slice}/deposit.json",
     log:
         "<results>/logs/simulate/{slice}.log",
+    benchmark:
+        "<results>/benchmarks/simulate/{slice}.tsv"
     conda:
         "../envs/data.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=lambda wildcards, attempt: 2500 * attempt,
     params:
         row=lambda wildcards: {
             name: SLICES[wildcards.slice][name] for name in ("donor", "accession", "format")

@@ -13,6 +13,8 @@ rule moments:
         "<results>/stats/moments/{slice}.npz",
     log:
         "<results>/logs/moments/{slice}.log",
+    benchmark:
+        "<results>/benchmarks/moments/{slice}.tsv"
     conda:
         "../envs/data.yaml"
     threads: 1
@@ -31,6 +33,8 @@ rule stats:
         "<results>/stats/genes.tsv",
     log:
         "<results>/logs/stats/genes.log",
+    benchmark:
+        "<results>/benchmarks/stats/genes.tsv"
     conda:
         "../envs/data.yaml"
     threads: 1

@@ -71,7 +71,6 @@ def principal_axes(samples: list[Sample], mean: np.ndarray, k: int) -> tuple[np.
     if k < 1:
         return np.zeros((V, 0), dtype=np.float32), np.zeros(0, dtype=np.float32)
     values = sp.vstack([sample.values for sample in samples], format="csr")
-    transposed = values.T.tocsr()
     slice_of = np.repeat(np.arange(len(samples)), [sample.values.shape[0] for sample in samples])
     means = np.array([sample.measured * mean for sample in samples])  # [slices, V]
 
@@ -80,7 +79,7 @@ def principal_axes(samples: list[Sample], mean: np.ndarray, k: int) -> tuple[np.
 
     def transposed_times(vector: np.ndarray) -> np.ndarray:
         of_slice = np.bincount(slice_of, weights=vector.ravel(), minlength=len(samples))
-        return transposed @ vector.ravel() - of_slice @ means
+        return values.T @ vector.ravel() - of_slice @ means
 
     centred = LinearOperator((n, V), matvec=times, rmatvec=transposed_times, dtype=np.float64)
     with threadpool_limits(limits=1):  # sums in the same order on any number of cores
@@ -102,11 +101,11 @@ def write_components(path: str | Path, axes: np.ndarray, explained: np.ndarray, 
 
 
 def components(
-    grids: list[str | Path], vocabulary: Vocabulary, *, k: int, spots_per_slice: int, target_sum: float, seed: int
+    grids: list[str | Path], vocabulary: Vocabulary, *, k: int, spots: int, target_sum: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`principal_axes` of the slices whose grids lie there, one in memory at a time."""
-    draw = {"target_sum": target_sum, "seed": seed}
-    samples = [sample_spots(read_grid(grid), vocabulary.gene_id, spots_per_slice, **draw) for grid in grids]
+    """`principal_axes` of at most `spots` spots, as many of each of the slices whose grids lie there; one grid in memory."""
+    draw = {"n": max(2, spots // max(1, len(grids))), "target_sum": target_sum, "seed": seed}
+    samples = [sample_spots(read_grid(grid), vocabulary.gene_id, **draw) for grid in grids]
     return principal_axes(samples, vocabulary.mean, k)
 
 
@@ -120,7 +119,7 @@ if __name__ == "__main__":
         snakemake.input.grids,
         read_vocabulary(genes),
         k=params.k,
-        spots_per_slice=params.spots_per_slice,
+        spots=params.spots,
         target_sum=params.target_sum,
         seed=params.seed,
     )

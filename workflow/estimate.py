@@ -19,10 +19,11 @@ TYPICAL_SPOTS = 2000  # where a source states none; about the median of those th
 # What was measured: real slices of three depths (370, 2,000 and 5,300 nonzero counts a spot; docs/real-slices.md names them), one
 # core, default config. Bytes a spot: curated 1,450 / 4,600 / 11,700, grid 750 / 1,750 / 4,300; h5 1.8 and MEX 3.9 bytes a nonzero.
 # Seconds: curate 0.0001 to 0.001 a spot, grid 0.0002 to 0.0003; a window 0.0024 to 0.011, 34 to 46 kB at 512 genes x 16 x 16.
-CURATED, GRID = 7000, 2600  # bytes a spot, at about 3,300 nonzeros
+# Of 50 simulated slices (docs/scale.md): 2.2 and 0.87 bytes a nonzero, 1.4 CPU seconds to start a job.
+CURATED, GRID = 7000, 2900  # bytes a spot, at about 3,300 nonzeros
 PACKED_WINDOW = 0.31  # bytes a gene and cell
 SPOT_SECONDS, WINDOW_SECONDS = 0.0015, 0.007
-JOB_SECONDS, JOBS = 4.0, 6  # to start a job, jobs a slice
+JOB_SECONDS, JOBS = 2.0, 6  # to start a job, jobs a slice
 
 # What is assumed: (bytes a spot, bytes besides) of what a source deposits, where `bytes` is blank. Matrices as above, a CELLXGENE
 # h5ad twice over (raw and normalised); besides, images, which lie in the same archive or file.

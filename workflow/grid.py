@@ -22,6 +22,7 @@ from workflow.layout import place
 
 FORMAT_VERSION = 1
 GENES_PER_CHUNK = 1024
+CELLS_PER_BLOCK = 512  # whose counts are put together at a time
 ARRAYS = ("counts", "mask", "spot", "cell", "total_counts", "array_row", "array_col", "gene_ids")
 DIMENSIONS = {"cell": ("spot",), "gene_ids": ("gene",)}  # of the others: y, x, gene
 
@@ -83,26 +84,31 @@ def make_grid(adata, layout: str, pitch_um: float) -> Grid:
     RankOnPixels, NoLattice, CellCollision, EmptySlice
         See `workflow.layout.place`.
     """
-    slice = str(adata.uns[Keys.STPATCH]["slice"])
+    name = str(adata.uns[Keys.STPATCH]["slice"])
     placed = place(adata, layout, pitch_um)
     n, (height, width) = adata.n_obs, placed.shape
     cell = placed.y * width + placed.x
     spots_in = np.bincount(cell, minlength=height * width)
 
-    # cells x spots times spots x genes: moves the rows of a lattice, sums the spots of a bin
-    into = sp.csr_matrix((np.ones(n, dtype=np.int64), (cell, np.arange(n))), shape=(height * width, n))
-    by_cell = into @ sp.csr_matrix(adata.X, dtype=np.int64)
-    largest = int(by_cell.max()) if by_cell.nnz else 0
-    if largest > np.iinfo(np.uint16).max:
-        at = int(by_cell.tocoo().col[by_cell.data.argmax()])
-        raise CountOverflow(
-            slice=slice,
-            found=f"{largest} counts of gene {adata.var_names[at]} in one cell",
-            expected="at most 65535, as cells hold 16 bits",
-            next_step="leave the slice out, or use narrower bins (pitch_um) if spots were merged",
-        )
+    # Cells x spots times spots x genes, some cells at a time: moves the rows of a lattice, sums the spots of a bin.
+    spots, by_spot = np.argsort(cell, kind="stable"), sp.csr_matrix(adata.X)
     counts = np.zeros((height * width, adata.n_vars), dtype=np.uint16)
-    counts[np.repeat(np.arange(height * width), np.diff(by_cell.indptr)), by_cell.indices] = by_cell.data
+    for first in range(0, len(counts), CELLS_PER_BLOCK):
+        block = counts[first : first + CELLS_PER_BLOCK]
+        here = spots[slice(*np.searchsorted(cell, [first, first + len(block)], sorter=spots))]
+        into = sp.csr_matrix(
+            (np.ones(len(here), dtype=np.int64), (cell[here] - first, range(len(here)))), (len(block), len(here))
+        )
+        summed = (into @ by_spot[here]).tocoo()
+        if summed.nnz and summed.data.max() > np.iinfo(np.uint16).max:
+            at = summed.data.argmax()
+            raise CountOverflow(
+                slice=name,
+                found=f"{summed.data[at]} counts of gene {adata.var_names[summed.col[at]]} in one cell",
+                expected="at most 65535, as cells hold 16 bits",
+                next_step="leave the slice out, or use narrower bins (pitch_um) if spots were merged",
+            )
+        block[summed.row, summed.col] = summed.data
 
     def image(values, fill, dtype):
         flat = np.full(height * width, fill, dtype=dtype)
@@ -111,7 +117,7 @@ def make_grid(adata, layout: str, pitch_um: float) -> Grid:
 
     totals = np.bincount(cell, weights=adata.obs[Keys.TOTAL_COUNTS].to_numpy(), minlength=height * width)
     return Grid(
-        slice=slice,
+        slice=name,
         layout=placed.layout,
         pitch_um=placed.pitch_um,
         lattice={key: plain(value) for key, value in sorted(adata.uns[Keys.STPATCH]["lattice"].items())},

@@ -19,14 +19,14 @@ def moments(grid: Grid, target_sum: float) -> dict[str, np.ndarray]:
         ``n_spots`` int64 [] (observed cells), ``sum`` and ``m2`` float64 [K], ``m2`` about the slice's own mean.
     """
     observed = grid.mask & (grid.total_counts > 0)  # without a count there is nothing to normalise
-    counts, totals = grid.counts[observed], grid.total_counts[observed][:, None]
-    sums, m2 = np.empty(counts.shape[1]), np.empty(counts.shape[1])
-    for start in range(0, counts.shape[1], GENES_PER_BLOCK):
+    totals, n_genes = grid.total_counts[observed][:, None], grid.counts.shape[2]
+    sums, m2 = np.empty(n_genes), np.empty(n_genes)
+    for start in range(0, n_genes, GENES_PER_BLOCK):
         block = slice(start, start + GENES_PER_BLOCK)
-        values = log_normalise(counts[:, block], totals, target_sum)
+        values = log_normalise(grid.counts[:, :, block][observed], totals, target_sum)
         sums[block] = values.sum(axis=0)
         m2[block] = ((values - sums[block] / len(values)) ** 2).sum(axis=0)
-    return {"n_spots": np.int64(len(counts)), "sum": sums, "m2": m2}
+    return {"n_spots": np.int64(len(totals)), "sum": sums, "m2": m2}
 
 
 def write_moments(path: str | Path, gene_ids, symbols, found: dict[str, np.ndarray]) -> None:

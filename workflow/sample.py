@@ -287,7 +287,7 @@ def _unpack(counts, position, nonzero, by_gene):
         for level in range(first, n_levels):
             code_of[levels[level]] = -1
         cells[cell + 1], level_of[cell + 1] = at, n_levels
-    return cells, codes[:at].copy(), genes[:at].copy(), levels[:n_levels].copy(), level_of
+    return cells, codes[:at], genes[:at], levels[:n_levels].copy(), level_of  # of the views, little is left over
 
 
 @njit(cache=True)

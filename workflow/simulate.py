@@ -11,8 +11,9 @@ Everything is a function of the slice's name, its donor's name and `Settings`: t
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import anndata
 import numpy as np
@@ -26,6 +27,7 @@ from workflow.keys import Keys
 from workflow.sources import sha256_of
 
 ROWS, COLS = 78, 128
+SPOTS_PER_BLOCK = 256  # whose counts are drawn at a time
 PLAIN_SYMBOL = re.compile(
     r"^(?!MIR|LINC|SNOR|SCARNA|RNU|RNA|RN7|RPL\d+P|RPS\d+P|OR\d|TRA|TRB|IGH|IGK|IGL)[A-Z]{2,5}[0-9]{0,2}$"
 )
@@ -46,6 +48,11 @@ class Settings:
     other_cells: float = 0.4  # and of each other domain
     dispersion: float = 4.0  # shape of the gamma: variance = mean + mean^2 / dispersion
     ambient_depth: float = 25.0  # counts of a spot without tissue
+    spread: float = 1.0  # of the tissue, as a factor of its radius: 1.3 covers three quarters of the area
+
+    def seeds(self) -> list[tuple[str, float]]:
+        """What the random numbers depend on: all but the spread, so that the same section may cover more."""
+        return [(name, value) for name, value in asdict(self).items() if name != "spread"]
 
 
 def generator(*parts: object) -> np.random.Generator:
@@ -82,7 +89,9 @@ def waves(rng: np.random.Generator, plane: np.ndarray, n: int = 6, longest: floa
     return np.sqrt(2 / n) * np.cos(plane @ direction + phase).sum(1)
 
 
-def tissue(donor: np.random.Generator, section: np.random.Generator, plane: np.ndarray) -> np.ndarray:
+def tissue(
+    donor: np.random.Generator, section: np.random.Generator, plane: np.ndarray, spread: float = 1.0
+) -> np.ndarray:
     """Which spots are covered [n_spots]: a wavy outline with three holes; its shape is the donor's, jittered by the section."""
     middle, reach = (plane.max(0) + plane.min(0)) / 2, (plane.max(0) - plane.min(0)) / 2
     away = (plane - middle) / reach
@@ -90,7 +99,7 @@ def tissue(donor: np.random.Generator, section: np.random.Generator, plane: np.n
     outline = donor.uniform(0.74, 0.8) + section.uniform(-0.01, 0.01)
     for harmonic in (2, 3, 5):
         outline = outline + donor.uniform(0.02, 0.05) * np.cos(harmonic * angle + donor.uniform(0, 2 * np.pi))
-    covered = radius < outline
+    covered = radius < spread * outline
     for _ in range(3):
         turn, out, size = donor.uniform(0, 2 * np.pi), donor.uniform(0.15, 0.55), donor.uniform(0.03, 0.08)
         centre = out * np.array([np.cos(turn), np.sin(turn)]) + section.normal(0, 0.015, 2)
@@ -117,7 +126,7 @@ def plant_domains(
 
 def profiles(donor: str, settings: Settings) -> np.ndarray:
     """Share of each gene in each domain [n_domains, n_genes], rows summing to 1; donors shift the genes they share."""
-    rng = generator("programmes", *asdict(settings).items())
+    rng = generator("programmes", *settings.seeds())
     level = np.tile(rng.normal(0, 1.3, settings.n_genes), (settings.n_domains, 1))
     for domain in range(settings.n_domains):
         changed = rng.choice(settings.n_genes, min(settings.programme_genes, settings.n_genes), replace=False)
@@ -135,16 +144,26 @@ def mix_cells(rng: np.random.Generator, domain: np.ndarray, settings: Settings) 
 
 
 def draw_counts(rng: np.random.Generator, mean: np.ndarray, dispersion: float) -> sparse.csr_matrix:
-    """Negative-binomial counts, int32 CSR, of ``mean`` [n, G]: Poisson of gamma, variance = mean + mean^2 / dispersion."""
-    rate = mean * rng.gamma(dispersion, 1 / dispersion, mean.shape)
-    return sparse.csr_matrix(rng.poisson(rate).astype(np.int32))
+    """Negative-binomial counts, int32 CSR, of ``mean`` [n, G]: Poisson of gamma, variance = mean + mean^2 / dispersion.
+
+    ``mean`` is overwritten, and counts are drawn some spots at a time: 37,000 genes of a capture area are 1.5 GB of it.
+    """
+    blocks = [slice(start, start + SPOTS_PER_BLOCK) for start in range(0, len(mean), SPOTS_PER_BLOCK)]
+    for block in blocks:  # all gammas come before the first Poisson, whatever the size of a block
+        mean[block] *= rng.gamma(dispersion, 1 / dispersion, mean[block].shape)
+    return sparse.vstack([sparse.csr_matrix(rng.poisson(mean[block]).astype(np.int32)) for block in blocks], "csr")
 
 
 def choose_genes(genes_tsv: Path, n_genes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Real Ensembl ids and symbols [n_genes], the same for every slice, sorted by id."""
+    """Real Ensembl ids and symbols [n_genes], the same for every slice, sorted by id: plainly named genes first, then others."""
     table = load_genes(genes_tsv)
     plain = sorted(gene_id for symbol, gene_id in table.by_symbol.items() if gene_id and PLAIN_SYMBOL.match(symbol))
-    ids = np.array(sorted(generator("genes").choice(plain, n_genes, replace=False)), dtype=object)
+    rng = generator("genes")
+    chosen = rng.choice(plain, min(n_genes, len(plain)), replace=False)
+    if n_genes > len(plain):
+        others = sorted({gene_id for gene_id in table.by_symbol.values() if gene_id}.difference(plain))
+        chosen = np.concatenate([plain, rng.choice(others, n_genes - len(plain), replace=False)])
+    ids = np.array(sorted(chosen), dtype=object)
     return ids, np.array([table.symbols[gene_id] for gene_id in ids], dtype=object)
 
 
@@ -166,8 +185,8 @@ def simulate_slice(name: str, donor: str, genes_tsv: Path, settings: Settings | 
     ids, symbols = choose_genes(genes_tsv, settings.n_genes)
     row, col = staggered_sites(ROWS, COLS)
     plane = staggered_to_plane(row, col)
-    shape, section = generator("shape", donor), generator("section", name, donor, *asdict(settings).items())
-    covered = tissue(shape, section, plane)
+    shape, section = generator("shape", donor), generator("section", name, donor, *settings.seeds())
+    covered = tissue(shape, section, plane, settings.spread)
     domain = np.where(covered, plant_domains(shape, section, plane, settings.n_domains), -1)
 
     share = profiles(donor, settings)
@@ -177,7 +196,10 @@ def simulate_slice(name: str, donor: str, genes_tsv: Path, settings: Settings | 
         settings.ambient_depth,
     )
     mixture = np.where(covered[:, None], mix_cells(section, domain, settings), 1 / settings.n_domains)
-    counts = draw_counts(section, depth[:, None] * (mixture @ share), settings.dispersion)
+    mean = mixture @ share
+    mean *= depth[:, None]
+    counts = draw_counts(section, mean, settings.dispersion)
+    del mean
 
     turn = np.deg2rad(section.uniform(-3, 3))
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
@@ -282,23 +304,42 @@ def tiny_slice(
 DEFAULT_LAYOUT = {"spaceranger": "spaceranger-2", "cellxgene": "cellxgene", "geo": "geo"}
 
 
-def write_slice(name: str, row: dict[str, str], genes_tsv: Path, manifest: Path) -> None:
-    """Simulate a slice and write its deposit beside ``manifest`` (``deposit.json``), which is written last.
-
-    The row's ``donor`` seeds what sections share; its ``accession`` names the layout (blank: the usual one of its ``format``).
+def layout_and_settings(name: str, row: dict[str, str]) -> tuple[str, Settings]:
+    """What a simulated slice's row asks for: ``accession`` is a layout (blank: the usual one of its ``format``), and after a
+    ``?`` fields of `Settings` that are not the default, as ``spaceranger-2?n_genes=36601&spread=1.3``.
 
     Raises
     ------
     CatalogueError
-        The row names no layout that can be written.
+        A layout that can't be written, or a field or value that `Settings` does not take.
     """
-    layout = row["accession"] or DEFAULT_LAYOUT.get(row["format"], "")
+    layout, _, query = row["accession"].partition("?")
+    layout = layout or DEFAULT_LAYOUT.get(row["format"], "")
     if layout not in WRITERS:
         raise CatalogueError(
             f"slice {name}: simulated layout {layout!r} (accession or format of its row) is not known; expected one of "
             f"{', '.join(WRITERS)}. Next step: put one of these into the column accession."
         )
-    folder, settings = manifest.parent, Settings()
+    kinds = {field.name: field.type for field in fields(Settings)}
+    given = {}
+    for field, value in parse_qsl(query, keep_blank_values=True):
+        try:
+            given[field] = kinds[field](value)
+        except (KeyError, ValueError) as error:
+            raise CatalogueError(
+                f"slice {name}: simulated with {field}={value!r} (accession of its row); expected fields of "
+                f"{', '.join(f'{known} ({kind.__name__})' for known, kind in kinds.items())}. Next step: correct it."
+            ) from error
+    return layout, Settings(**given)
+
+
+def write_slice(name: str, row: dict[str, str], genes_tsv: Path, manifest: Path) -> None:
+    """Simulate a slice and write its deposit beside ``manifest`` (``deposit.json``), which is written last.
+
+    The row's ``donor`` seeds what sections share; its ``accession`` names layout and settings (`layout_and_settings`).
+    """
+    layout, settings = layout_and_settings(name, row)
+    folder = manifest.parent
     places = write_deposit(simulate_slice(name, row["donor"] or name, genes_tsv, settings), layout, folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != manifest)
     record = {

@@ -3,12 +3,14 @@
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 HEADER = "# stpatch genes 1"
+GENES_PER_BLOCK = 1024  # of all slices side by side, in float64
 COLUMNS = ("index", "gene_id", "symbol", "n_slices", "n_spots", "mean", "variance")
 
 
@@ -24,7 +26,7 @@ class Vocabulary:
     variance: np.ndarray
 
 
-def merge_moments(slices: list[dict]) -> Vocabulary:
+def merge_moments(slices: Iterable[dict]) -> Vocabulary:
     """Mean and population variance of each gene over all slices that measured it.
 
     With n_s, m_s and M_s of slice s (spots, mean, centred sum of squares), N = sum n_s and mean = sum(n_s m_s) / N,
@@ -36,31 +38,61 @@ def merge_moments(slices: list[dict]) -> Vocabulary:
     Parameters
     ----------
     slices
-        ``gene_ids``, ``symbols``, ``n_spots``, ``sum``, ``m2`` of each (`workflow.moments`).
+        ``gene_ids``, ``symbols``, ``n_spots``, ``sum``, ``m2`` of each (`workflow.moments`). Each is looked at once and
+        only its numbers are kept, 20 bytes a gene: a thousand slices may come one by one.
     """
-    genes = sorted({str(gene) for slice in slices for gene in slice["gene_ids"]})
-    index = {gene: i for i, gene in enumerate(genes)}
-    n, sums, m2 = (np.zeros((len(genes), len(slices))) for _ in range(3))
-    names: list[Counter] = [Counter() for _ in genes]
-    for s, slice in enumerate(slices):
-        rows = [index[str(gene)] for gene in slice["gene_ids"]]
-        n[rows, s], sums[rows, s], m2[rows, s] = slice["n_spots"], slice["sum"], slice["m2"]
-        for row, symbol in zip(rows, slice["symbols"], strict=True):
+    seen: dict[str, int] = {}  # gene -> number, in the order of first sight
+    names: list[Counter] = []
+    shares = []
+    for slice in slices:
+        numbers = [seen.setdefault(gene, len(seen)) for gene in np.asarray(slice["gene_ids"]).tolist()]
+        names += [Counter() for _ in range(len(seen) - len(names))]
+        for number, symbol in zip(numbers, np.asarray(slice["symbols"]).tolist(), strict=True):
             if symbol:
-                names[row][str(symbol)] += 1
-    n_spots = n.sum(axis=1)
-    mean = np.array([math.fsum(row) for row in sums]) / n_spots
-    apart = n * (np.divide(sums, n, out=np.zeros_like(sums), where=n > 0) - mean[:, None]) ** 2
-    variance = np.array([math.fsum(row) for row in np.hstack([m2, apart])]) / n_spots
+                names[number][symbol] += 1
+        shares.append(
+            (np.array(numbers, dtype=np.int32), slice["n_spots"], np.array(slice["sum"]), np.array(slice["m2"]))
+        )
+    genes = sorted(seen)
+    row_of = np.empty(len(genes), dtype=np.int32)
+    row_of[[seen[gene] for gene in genes]] = np.arange(len(genes))
+    shares = [(row_of[numbers], *found) for numbers, *found in shares]
+    blocks = [
+        _pool(shares, np.s_[i : i + GENES_PER_BLOCK], len(genes)) for i in range(0, len(genes) or 1, GENES_PER_BLOCK)
+    ]
+    n_slices, n_spots, mean, variance = map(np.concatenate, zip(*blocks, strict=True))
     return Vocabulary(
         gene_id=genes,
         # slices may name a gene differently: the most frequent name, of equals the first in the alphabet
-        symbol=[min(name, key=lambda symbol: (-name[symbol], symbol), default="") for name in names],
-        n_slices=(n > 0).sum(axis=1),
-        n_spots=n_spots.astype(np.int64),
+        symbol=[
+            min(names[seen[gene]].items(), key=lambda item: (-item[1], item[0]), default=("",))[0] for gene in genes
+        ],
+        n_slices=n_slices,
+        n_spots=n_spots,
         mean=mean,
         variance=variance,
     )
+
+
+def _pool(shares: list[tuple], block: slice, n_genes: int) -> tuple[np.ndarray, ...]:
+    """``n_slices``, ``n_spots``, ``mean`` and ``variance`` of the genes in the rows of a block, from each slice's share."""
+    n, sums, m2 = np.zeros((3, min(block.stop, n_genes) - block.start, len(shares)))
+    for s, (row, spots, total, squares) in enumerate(shares):
+        here = np.flatnonzero((row >= block.start) & (row < block.stop))
+        at = row[here] - block.start
+        n[at, s], sums[at, s], m2[at, s] = spots, total[here], squares[here]
+    n_spots = n.sum(axis=1)
+    mean = np.array([math.fsum(row) for row in sums.tolist()]) / n_spots
+    apart = n * (np.divide(sums, n, out=np.zeros_like(sums), where=n > 0) - mean[:, None]) ** 2
+    variance = np.array([math.fsum(row) for row in np.hstack([m2, apart]).tolist()]) / n_spots
+    return (n > 0).sum(axis=1), n_spots.astype(np.int64), mean, variance
+
+
+def read_moments(paths: Iterable[str | Path]) -> Iterator[dict]:
+    """What `workflow.moments` wrote for each slice, one at a time."""
+    for path in paths:
+        with np.load(path, allow_pickle=False) as file:
+            yield dict(file)
 
 
 def write_vocabulary(vocabulary: Vocabulary, path: str | Path) -> None:
@@ -103,10 +135,6 @@ if __name__ == "__main__":
     from workflow.logs import log_to
 
     log_to(snakemake.log[0])
-    slices = []
-    for path in snakemake.input.moments:
-        with np.load(path, allow_pickle=False) as file:
-            slices.append(dict(file))
-    vocabulary = merge_moments(slices)
+    vocabulary = merge_moments(read_moments(snakemake.input.moments))
     write_vocabulary(vocabulary, snakemake.output[0])
-    logging.info("%d genes of %d training slices", len(vocabulary.gene_id), len(slices))
+    logging.info("%d genes of %d training slices", len(vocabulary.gene_id), len(snakemake.input.moments))

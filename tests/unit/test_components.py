@@ -50,7 +50,7 @@ def test_the_axes_are_those_of_the_centred_matrix_with_unmeasured_genes_at_their
                 row[k] = value - vocabulary.mean[k]
             rows.append(row)
     _, scale, expected = np.linalg.svd(np.array(rows), full_matrices=False)
-    axes, explained = components(paths, vocabulary, k=K, spots_per_slice=10**6, target_sum=1e4, seed=0)
+    axes, explained = components(paths, vocabulary, k=K, spots=10**6, target_sum=1e4, seed=0)
     assert axes.shape == (60, K)
     assert axes.dtype == explained.dtype == np.float32
     np.testing.assert_allclose(explained, scale[:K] ** 2 / len(rows), rtol=1e-5)
@@ -76,11 +76,11 @@ def test_the_same_corpus_gives_the_same_bytes_on_any_number_of_threads(paths, vo
     written = []
     for threads in (1, 2, 1):
         with threadpool_limits(limits=threads):
-            found = components(paths, vocabulary, k=K, spots_per_slice=30, target_sum=1e4, seed=0)
+            found = components(paths, vocabulary, k=K, spots=60, target_sum=1e4, seed=0)
         write_components(tmp_path / "c.safetensors", *found, "abc")
         written.append((tmp_path / "c.safetensors").read_bytes())
     assert written[0] == written[1] == written[2]
-    other = components(paths, vocabulary, k=K, spots_per_slice=30, target_sum=1e4, seed=1)
+    other = components(paths, vocabulary, k=K, spots=60, target_sum=1e4, seed=1)
     assert not np.array_equal(other[0], found[0])
 
 

@@ -212,8 +212,8 @@ def read_mex(
         text = file.read()
         if b"\0" in text:  # on which mmread leaves its memory
             raise ValueError("NUL bytes in a text file")
-        numbers_at = re.match(rb"(?:%.*\n)*", text).end()
-        if b"integer" in text[:100].split(b"\n")[0] and text.find(b".", numbers_at) >= 0:  # mmread would cut the fractions off
+        first = re.match(rb"(?:%.*\n)*", text).end()
+        if b"integer" in text[:100].split(b"\n")[0] and text.find(b".", first) >= 0:  # mmread would cut fractions off
             raise ValueError("fractions in a matrix whose header says integer")
         matrix = mmread(io.BytesIO(text))
         del text  # 13 bytes an entry
