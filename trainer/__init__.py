@@ -4,7 +4,7 @@
 ``pretrain.py``    ``python -m trainer.pretrain``: the training loop and the model folder
 ``objective.py``   what is learned: the loss over hidden entries
 ``model.py``       the masked autoencoder: encode, decode, predict
-``units.py``       what a site sees: neighbours and macro-domains
+``units.py``       what a site sees: neighbours, macro-domains
 ``masks.py``       which (site, gene) entries are hidden
 ``expression.py``  counts -> normalised expression
 ``data.py``        the reader: a folder of shards -> batches in a reproducible order
@@ -16,8 +16,7 @@
 ``embed.py``       ``python -m trainer.embed``: whole slices -> one vector a spot
 ``config.py``      flags over a file over the dataclasses' defaults
 ``progress.py``    lines on the terminal, in ``metrics.jsonl`` and in other logs
-``curve.py``       the learning curve as an SVG
-``card.py``        the model card
+``report.py``      the model card, and the learning curve as an SVG
 ``files.py``       hashes, whole-file writes, safetensors with stable bytes
 ``errors.py``      what is wrong, where, and what to do next
 =================  ======================================================================

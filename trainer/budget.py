@@ -19,12 +19,25 @@ PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L40": 181e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "L4": 121e12, "A10": 125e12,
 }  # fmt: skip
-CGROUPS = (  # controller ("" of version 2), where it is mounted, its limit, what counts against that
-    ("", "/sys/fs/cgroup", "memory.max", "anon"),
-    ("memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_rss"),
-)
 COPIES = 4  # of every weight: itself, its gradient, two running means
 SLACK = 1.4  # times what the backward pass keeps: what comes and goes meanwhile (measured: 1.2 to 1.5)
+
+
+def _attention(query: tuple, key: tuple, *_: object, **__: object) -> int:
+    """FLOPs of softmax(Q K') V, from shapes [B, heads, S, size]."""
+    return 4 * query[0] * query[1] * query[2] * key[2] * query[3]
+
+
+def _attention_backward(_: tuple, query: tuple, key: tuple, *__: object, **___: object) -> int:
+    return 2 * _attention(query, key)
+
+
+# Every fused kernel alike, and none's recomputing: torch's own counter leaves out the CPU's, and counts that on GPUs.
+KERNELS = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{way}"): count
+    for kernel in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+    for way, count in (("", _attention), ("_backward", _attention_backward))
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Cost:
 
 
 def cost(objective: torch.nn.Module, batch: Batch) -> Cost:
-    """Measure one step of a batch of one window, outside a compiled graph; leaves the gradients at zero."""
+    """Measure one step of a batch of one window, outside a compiled graph; leaves no gradients."""
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in objective.parameters()}
     kept: dict[int, int] = {}
 
@@ -51,10 +64,11 @@ def cost(objective: torch.nn.Module, batch: Batch) -> Cost:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = objective(batch)[0]
         loss.backward()
+    objective.zero_grad()
     per_window = sum(nbytes for pointer, nbytes in kept.items() if pointer not in weights)
     return Cost(per_window, COPIES * sum(weights.values()), counter.get_total_flops())
 
@@ -68,44 +82,39 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that a run may still take; None where the machine does not say."""
+    """Memory that a run may still take: of the GPU, or the least that machine and control groups allow; None: not known.
+
+    What files take of a group is given back when it is needed.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = []
-    memory = Path("/proc/meminfo")
+    found, memory, groups = [], Path("/proc/meminfo"), Path("/proc/self/cgroup")
     if memory.is_file():
-        lines = dict(line.split(":") for line in memory.read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    groups = Path("/proc/self/cgroup")  # a job's limit, and those of the groups around it
+        found.append(int(memory.read_text().partition("MemAvailable:")[2].split()[0]) * 1024)
     for line in groups.read_text().splitlines() if groups.is_file() else []:
         _, controllers, path = line.split(":", 2)
-        for version, root, limit, taken in CGROUPS:
-            if version in controllers.split(","):
-                place = Path(root, path.lstrip("/"))
-                found += [_left(folder / limit, folder / "memory.stat", taken) for folder in (place, *place.parents)]
-    found = [nbytes for nbytes in found if nbytes is not None]
+        second = controllers == ""  # version of the groups
+        if second or "memory" in controllers.split(","):
+            place = Path("/sys/fs/cgroup" if second else "/sys/fs/cgroup/memory", path.lstrip("/"))
+            for folder in (place, *place.parents):  # a job's, and those around it
+                limit, stat = folder / ("memory.max" if second else "memory.limit_in_bytes"), folder / "memory.stat"
+                if limit.is_file() and stat.is_file() and (text := limit.read_text().strip()) != "max":
+                    taken = dict(line.split() for line in stat.read_text().splitlines())
+                    found.append(int(text) - int(taken["anon" if second else "total_rss"]))
     return min(found, default=None)
 
 
-def _left(limit: Path, stat: Path, taken: str) -> int | None:
-    """What a control group may still take; what files take of it is given back when it is needed."""
-    if not (limit.is_file() and stat.is_file()) or (text := limit.read_text().strip()) == "max":
-        return None
-    return int(text) - int(dict(line.split() for line in stat.read_text().splitlines())[taken])
-
-
-def too_little(cost: Cost, batch_size: int, available: int, device: torch.device) -> TooLittleMemory:
-    """The error that says which batch would fit, ``batch_size`` being the windows that this process takes at a time."""
-    fits = cost.fitting(available)
-    parts = -(-batch_size // fits) if fits else 0
-    next_step = (
-        f"--accumulate {parts} gives the same model in {parts} parts a step, or take a --batch-size {parts} times smaller"
-        if fits
-        else "a smaller model (--width, --depth), a smaller window or fewer genes, or another machine"
-    )
+def too_little(cost: Cost, batch_size: int, accumulate: int, available: int, device: torch.device) -> TooLittleMemory:
+    """The error that says which batch would fit, of ``batch_size`` windows at a time in ``accumulate`` parts of a step."""
+    fits = min(cost.fitting(available), batch_size - 1)  # the estimate may say that all do, when they don't
+    next_step = "a smaller model (--width, --depth), a smaller window or fewer genes, or another machine"
+    if fits:
+        parts = -(-batch_size // fits)
+        next_step = f"--accumulate {accumulate * parts} gives the same model in smaller parts"
+        next_step += f", or take a --batch-size {parts} times smaller"
     found = f"{batch_size} windows at a time, which take about {cost.bytes(batch_size) / 1e9:.3g} GB"
     expected = f"at most {fits}, for the {max(0, available) / 1e9:.3g} GB there are"
-    return TooLittleMemory(device, found=found, expected=expected, next_step=next_step)
+    return TooLittleMemory(device, found, expected, next_step)
 
 
 def peak_memory_mb(device: torch.device) -> float:

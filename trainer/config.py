@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 from pathlib import Path
 
 import yaml
@@ -14,17 +15,43 @@ from trainer.errors import ConfigError
 FORMAT_VERSION = 1  # of the model folder and the embeddings
 
 
-def knob(default: object, help: str, free: bool = False) -> dataclasses.Field:
-    """A field with a default that can be set by flag or file; ``help`` says what it does.
+def knob(
+    default: object, help: str, least: float = 0, below: float = math.inf, free: bool = False
+) -> dataclasses.Field:
+    """A field that can be set by flag or file; ``help`` says what it does.
 
-    A ``free`` one may change while a run goes on: it has no say in what is learned.
+    Of choices, ``a|b|c``, the first is the default; numbers lie in [least, below). A ``free`` one may change while a run goes
+    on: it has no say in what is learned.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "free": free})
+    default, *others = default.split("|") if isinstance(default, str) else [default]
+    choices = (default, *others) if others else ()
+    help += f" [{', '.join(choices)}]" if others else ""
+    metadata = {"help": help, "choices": choices, "least": least, "below": below, "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def knobs(*classes: type) -> dict[str, dataclasses.Field]:
     """All knobs of these dataclasses by name."""
     return {field.name: field for cls in classes for field in dataclasses.fields(cls) if "help" in field.metadata}
+
+
+def check(settings: object) -> None:
+    """Raise ConfigError where a knob is none of its choices, or out of its range."""
+    for name, field in knobs(type(settings)).items():
+        value, known = getattr(settings, name), field.metadata
+        if known["choices"] and value not in known["choices"]:
+            raise refusal(settings, " or ".join(known["choices"]), name)
+        if not isinstance(value, str) and not known["least"] <= value < known["below"]:
+            bound = "finite" if known["below"] == math.inf else f"below {known['below']}"
+            raise refusal(settings, f"at least {known['least']}, and {bound}", name)
+
+
+def refusal(settings: object, expected: str, *names: str) -> ConfigError:
+    """The error that names the values of these knobs and how to change them."""
+    found = ", ".join(f"{name} {getattr(settings, name)}" for name in names)
+    flags = " or ".join(f"--{name.replace('_', '-')}" for name in names)
+    next_step = f"change {flags}, or `{'` or `'.join(names)}` in the config file"
+    return ConfigError("settings", found, expected, next_step)
 
 
 def fixed(settings: object) -> dict[str, object]:
@@ -43,33 +70,28 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
 def settings(file: Path | None, flags: dict[str, str | None], *classes: type) -> list[dict[str, object]]:
     """The values set by file and flags (flags win), as keyword arguments for each dataclass.
 
-    Raises
-    ------
-    ConfigError
-        Unreadable file, unknown knob (with the nearest known one), or a value of the wrong type.
+    ConfigError names an unreadable file, an unknown knob (and the nearest known one), or a value of the wrong type.
     """
     known = knobs(*classes)
-    values = _read(file, known) if file else {}
-    for name, text in flags.items():
-        if text is not None:
-            values[name] = _cast(text, known[name], "--" + name.replace("_", "-"))
+    given = [(name, value, f"{file}, key '{name}'") for name, value in (_read(file, known) if file else {}).items()]
+    given += [(name, text, f"--{name.replace('_', '-')}") for name, text in flags.items() if text is not None]
+    values = {name: _cast(value, known[name], where) for name, value, where in given}
     return [{name: values[name] for name in knobs(cls) if name in values} for cls in classes]
 
 
 def _read(file: Path, known: dict[str, dataclasses.Field]) -> dict[str, object]:
     try:
         content = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(file, found=problem, expected="a YAML file", next_step="check --config") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(file, " ".join(str(error).split()), "a YAML file", "check --config") from error
     if not isinstance(content, dict):
-        raise ConfigError(file, found=type(content).__name__, expected="`knob: value` lines", next_step="rewrite it")
+        raise ConfigError(file, type(content).__name__, "`knob: value` lines", "rewrite it")
     for name in content:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "see `python -m trainer.pretrain --help`"
-            raise ConfigError(file, found=f"unknown key '{name}'", expected=", ".join(known), next_step=hint)
-    return {name: _cast(value, known[name], f"{file}, key '{name}'") for name, value in content.items()}
+            raise ConfigError(file, f"unknown key '{name}'", ", ".join(known), hint)
+    return content
 
 
 def _cast(value: object, field: dataclasses.Field, where: str) -> object:
@@ -83,5 +105,5 @@ def _cast(value: object, field: dataclasses.Field, where: str) -> object:
             raise ValueError
     except (ValueError, TypeError, OverflowError):
         expected = {int: "a whole number", float: "a number", str: "text"}[kind]
-        raise ConfigError(where, found=repr(value), expected=expected, next_step=field.metadata["help"]) from None
+        raise ConfigError(where, repr(value), expected, field.metadata["help"]) from None
     return cast

@@ -19,7 +19,6 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -40,14 +39,12 @@ SAMPLE = np.dtype(
 )
 MEMBERS = {"counts": "counts.blosc", "sites": "sites.blosc", "json": "json"}  # of a sample, and what their names end in
 # Keys of the index that the model folder repeats, and those of each of its slices.
-FACTS = (
-    *("m", "h", "w", "target_sum", "layout", "pitch_um", "selection"),
-    *("allow_contamination", "simulated", "n_samples"),
-)
-SLICE_FACTS = ("slice", "source", "organism", "donor", "layout", "pitch_um", "n_windows")
+FACTS = "m h w target_sum layout pitch_um selection allow_contamination simulated n_samples".split()
+SLICE_FACTS = "slice source organism donor layout pitch_um n_windows".split()
+PARTS = ("genes", "samples", "components")  # the other files of the index; the last one may be absent
 LAYOUTS = ("offset", "rank", "bin")
+NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # of a file beside the index, of a slice: nothing that leads elsewhere
 BLOCK = 512  # of a tar
-REBUILD = "rebuild the shards (delete the folder, run `snakemake data`)"
 
 # Blosc's own threads share one context; without it each of our decoding threads has its own and releases the lock.
 numcodecs.blosc.use_threads = False
@@ -65,18 +62,19 @@ class Vocabulary:
     @classmethod
     def read(cls, file: Path) -> Vocabulary:
         """Read ``genes.tsv``; raises DamagedShards where it is not one of version 1."""
-        if not file.is_file():
-            raise DamagedShards(file, found="no such file", expected="the vocabulary", next_step=REBUILD)
-        with open(file, newline="", encoding="utf-8") as table:
-            version = table.readline().rstrip("\n")
-            rows = list(csv.DictReader(table, delimiter="\t", quoting=csv.QUOTE_NONE))
-        if version != f"# stpatch genes {FORMAT_VERSION}":
-            expected = f"'# stpatch genes {FORMAT_VERSION}'"
-            raise DamagedShards(file, found=f"first line {version!r}", expected=expected, next_step=REBUILD)
-        if [row["index"] for row in rows] != [str(i) for i in range(len(rows))]:
-            raise DamagedShards(file, found="gaps in `index`", expected="0, 1, 2, ...", next_step=REBUILD)
-        mean, variance = (np.array([float(row[name]) for row in rows]) for name in ("mean", "variance"))
-        return cls([row["gene_id"] for row in rows], mean, variance, sha256(file))
+        try:
+            with open(file, newline="", encoding="utf-8") as table:
+                version = table.readline().rstrip("\n")
+                rows = list(csv.DictReader(table, delimiter="\t", quoting=csv.QUOTE_NONE))
+            if version != f"# stpatch genes {FORMAT_VERSION}":
+                raise ValueError(f"first line {version!r}")
+            if [row["index"] for row in rows] != [str(i) for i in range(len(rows))]:
+                raise ValueError("gaps in `index`")
+            mean, variance = (np.array([float(row[name]) for row in rows]) for name in ("mean", "variance"))
+            return cls([row["gene_id"] for row in rows], mean, variance, sha256(file))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            expected = f"a vocabulary, beginning '# stpatch genes {FORMAT_VERSION}'"
+            raise DamagedShards(file, str(error) or type(error).__name__, expected) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Batch:
     totals: Tensor  # float32 [B, h, w]: 0 where nothing was observed
     positions: Tensor  # int64 [B]: place of each sample in the epoch's order
     epoch: Tensor  # int64 []; a tensor, so that a compiled step outlives its epoch
-    rows: Tensor | None = None  # int32 [B, h]: array row of each line, -1 in padding; where the objective asks for it
+    rows: Tensor | None = None  # int32 [B, h]: array row of each line, -1 in padding; where the reader is to tell them
     cols: Tensor | None = None  # int32 [B, w]: array column of each column (its half in layout `offset`), -1 in padding
     layouts: Tensor | None = None  # uint8 [B]: place in LAYOUTS
 
@@ -118,27 +116,28 @@ class Order:
 
     def steps(self, n: int, consumed: int) -> Iterator[tuple[int, np.ndarray]]:
         """(epoch, positions) of every global batch from the state ``consumed`` on, without end."""
-        epoch, start = divmod(consumed, n)
         while True:
-            for begin in range(start, n, self.batch_size):
-                yield epoch, np.arange(begin, min(begin + self.batch_size, n))
-            epoch, start = epoch + 1, 0
+            epoch, begin = divmod(consumed, n)
+            positions = np.arange(begin, min(begin + self.batch_size, n))
+            yield epoch, positions
+            consumed += len(positions)
 
     def after(self, n: int, consumed: int) -> int:
         """The state after one more global batch."""
         return consumed + min(self.batch_size, n - consumed % n)
 
+    @property
+    def part(self) -> int:
+        """The most samples that one part of a rank's share holds."""
+        return -(-self.batch_size // (self.ranks * self.accumulate))
+
     def share(self, positions: np.ndarray) -> list[np.ndarray]:
         """This rank's ``accumulate`` parts of a global batch; of a small one some hold nothing."""
         mine = positions[self.rank :: self.ranks]
-        size = -(-self.batch_size // (self.ranks * self.accumulate))
-        return [mine[k * size : (k + 1) * size] for k in range(self.accumulate)]
+        return [mine[k * self.part : (k + 1) * self.part] for k in range(self.accumulate)]
 
     def rows(self, shard: np.ndarray, n_shards: int, epoch: int) -> np.ndarray:
-        """The order of an epoch, int64 [n]: raw Philox words, whose stream numpy promises to keep, sorted.
-
-        ``shard`` [n] is the shard of each row of ``samples.npy``.
-        """
+        """The order of an epoch, int64 [n], ``shard`` [n] being that of each row: sorted raw Philox words (numpy keeps them)."""
         philox = np.random.Philox(key=[self.seed, epoch])
         if self.shuffle == "full":
             return philox.random_raw(len(shard)).argsort(kind="stable")
@@ -149,34 +148,34 @@ class Order:
 class Split:
     """What is known of one split without its samples: ``index.json``, vocabulary, components.
 
-    Raises
-    ------
-    DamagedShards
-        Names the file that is missing, of another version, or that does not hash to what the index recorded.
+    `Shards` and `trainer.stream.Stream` bring the samples: ``jobs`` (arguments of `read`, batch after batch), ``first`` (this
+    rank's share of the first n samples as they are stored, which is a random order of its own), ``member`` (the bytes of a
+    sample's part) and ``name`` (where a sample stands, for errors). DamagedShards names the file that is missing, of another
+    version, or that does not hash to what the index recorded.
     """
+
+    coordinates = False  # fill ``rows``, ``cols`` and ``layouts`` of batches
+    pinned = False  # batches lie in memory that a GPU copies from while the host goes on
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.index = index = _read_index(self.folder / "index.json")
-        self.m, self.h, self.w = index["m"], index["h"], index["w"]
+        self.index = _read_index(self.folder / "index.json")
+        self.m, self.h, self.w = (self.index[name] for name in "mhw")
         self.vocabulary = Vocabulary.read(self._checked("genes"))
-        self.components = self._checked("components") if index.get("components") else None  # a file, where there is one
-        self.slices = [entry["slice"] for entry in index["slices"]]
+        self.components = self._checked("components") if self.index.get("components") else None
+        self.slices = [entry["slice"] for entry in self.index["slices"]]
 
     def __len__(self) -> int:
         return self.index["n_samples"]
 
     def facts(self) -> dict[str, object]:
         """What the model folder records of its data."""
-        facts = {name: self.index[name] for name in FACTS}
-        facts["genes"] = {"n": len(self.vocabulary.gene_ids), "sha256": self.vocabulary.sha256}
-        return facts | {"slices": self.index["slices"]}
+        genes = {"n": len(self.vocabulary.gene_ids), "sha256": self.vocabulary.sha256}
+        return {name: self.index[name] for name in FACTS} | {"genes": genes, "slices": self.index["slices"]}
 
     def identity(self) -> dict[str, str]:
         """Hashes that tell these samples, and nothing else, from others."""
-        parts = {
-            part: self.index[part]["sha256"] for part in ("genes", "samples", "components") if self.index.get(part)
-        }
+        parts = {part: self.index[part]["sha256"] for part in PARTS if self.index.get(part)}
         tars = "".join(shard["sha256"] for shard in self.index["shards"])
         return parts | {"tars": hashlib.sha256(tars.encode()).hexdigest()}
 
@@ -185,169 +184,143 @@ class Split:
         for name in ("m", "h", "w", "target_sum", "genes"):
             mine, theirs = self.facts()[name], other.facts()[name]
             if mine != theirs:
-                file = other.folder / "index.json"
-                expected = f"{mine} as in {self.folder / 'index.json'}"
-                raise VocabularyMismatch(file, found=f"{name} = {theirs}", expected=expected, next_step=REBUILD)
+                file, expected = other.folder / "index.json", f"{mine} as in {self.folder / 'index.json'}"
+                raise VocabularyMismatch(file, f"{name} = {theirs}", expected)
 
     def _checked(self, part: str) -> Path:
         """The file of this part, which must hash to what the index recorded."""
-        file = self.folder / self.index[part]["file"]
+        file, expected = self.folder / self.index[part]["file"], self.index[part]["sha256"]
         found = sha256(file) if file.is_file() else "no such file"
-        if found != self.index[part]["sha256"]:
-            expected = f"sha256 {self.index[part]['sha256']} (index.json)"
-            raise DamagedShards(file, found=found, expected=expected, next_step=REBUILD)
+        if found != expected:
+            raise DamagedShards(file, found, f"sha256 {expected} (index.json)")
         return file
 
-    def batch(
-        self, samples: list, positions: np.ndarray, epoch: int, read: Callable, coordinates: bool, pinned: bool
-    ) -> Batch:
-        """Fill a batch: ``read(sample)`` says where the sample stands, and gives a function from a member to its bytes."""
-        n = len(samples)
+    def batches(self, order: Order, consumed: int = 0, workers: int = 1) -> Iterator[Batch]:
+        """The parts of this rank's share of one global batch after the other, without end.
 
-        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.empty(n, *shape, dtype=dtype, pin_memory=pinned)
+        ``consumed`` is the state: samples of all ranks so far, the end of a global batch. ``workers`` threads decode ahead of
+        the caller; 0: its own, when it asks.
+        """
+        return read_ahead(self.read, self.jobs(order, consumed), workers)
 
-        counts, genes = empty(torch.uint16, self.m, self.h, self.w), empty(torch.int32, self.m)
-        totals, where = empty(torch.float32, self.h, self.w), empty(torch.int64)
-        where.numpy()[:] = positions
-        rows, cols, layouts = (
-            (empty(torch.int32, self.h), empty(torch.int32, self.w), empty(torch.uint8))
-            if coordinates
-            else (None, None, None)
-        )
+    def read(self, samples: list | np.ndarray, positions: np.ndarray, epoch: int) -> Batch:
+        """Decode these samples (of `Shards`: rows of ``samples.npy``), which stand at these positions of the epoch."""
+        m, h, w, lines = self.m, self.h, self.w, {}
+        shapes = {"counts": (torch.uint16, m, h, w), "genes": (torch.int32, m), "totals": (torch.float32, h, w)}
+        if self.coordinates:
+            lines = {"rows": (torch.int32, h), "cols": (torch.int32, w), "layouts": (torch.uint8,)}
+        tensors = {
+            name: torch.empty(len(samples), *shape, dtype=dtype, pin_memory=self.pinned)
+            for name, (dtype, *shape) in (shapes | lines).items()
+        }
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         for i, sample in enumerate(samples):
-            name, member = read(sample)
-            decode_into(member("counts"), counts[i].numpy(), name)
-            sites = decode(member("sites"), "<i4", self.m + self.h * self.w, name)
-            check_genes(sites[: self.m], len(self.vocabulary.gene_ids), name)
-            genes[i].numpy()[:] = sites[: self.m]
-            totals[i].numpy()[:] = sites[self.m :].view("<f4").reshape(self.h, self.w)
-            if coordinates:
+            name = self.name(sample)
+            decode(self.member(sample, "counts"), name, "<u2", m * h * w, into=arrays["counts"][i])
+            sites = decode(self.member(sample, "sites"), name, "<i4", m + h * w)
+            check_genes(sites[:m], len(self.vocabulary.gene_ids), name)
+            arrays["genes"][i], arrays["totals"][i] = sites[:m], sites[m:].view("<f4").reshape(h, w)
+            if lines:
                 try:
-                    rows[i].numpy()[:], cols[i].numpy()[:], layouts[i] = lattice_lines(
-                        json.loads(bytes(member("json")))
-                    )
+                    found = lattice_lines(json.loads(bytes(self.member(sample, "json"))))
+                    for part, line in zip(lines, found, strict=True):
+                        arrays[part][i] = line
                 except (ValueError, KeyError, TypeError) as error:
-                    found, expected = f"{type(error).__name__}: {error}", "the coordinates of a sample"
-                    raise DamagedShards(name, found=found, expected=expected, next_step=REBUILD) from error
-        return Batch(counts, genes, totals, where, torch.tensor(epoch), rows, cols, layouts)
+                    raise DamagedShards(name, f"{type(error).__name__}: {error}", "a sample's coordinates") from error
+        positions = torch.tensor(positions, pin_memory=self.pinned)
+        return Batch(**tensors, positions=positions, epoch=torch.tensor(epoch, pin_memory=self.pinned))
 
 
 class Shards(Split):
     """One split's folder of shards, checked against its index when it is opened.
 
-    Raises
-    ------
-    DamagedShards
-        Names the file that is missing, cut, exchanged, of another version, or that does not hold what the index recorded.
-        (The tars, which may be large, are not hashed: their size, their extents and one sample of each are checked when
-        they are opened, the headers of a sample's members whenever it is read.)
+    DamagedShards names the file that is missing, cut, exchanged, or that does not hold what the index recorded. The tars,
+    which may be large, are not hashed: their size, their extents and one sample of each are checked when they are opened, the
+    headers of a sample's members whenever it is read.
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
+        shards = self.index["shards"]
+        self.names = [shard["name"] for shard in shards]
         self.samples = self._read_samples(self._checked("samples"))
-        self.names = [shard["name"] for shard in self.index["shards"]]
-        self.files = [str(self.folder / name) for name in self.names]
         by_shard = np.argsort(self.samples["shard"], kind="stable")
-        ends = np.cumsum([shard["samples"] for shard in self.index["shards"]], dtype=int)
+        ends = np.cumsum([shard["samples"] for shard in shards], dtype=int)
         self.tars: list[mmap.mmap] = []
-        for shard, rows in zip(self.index["shards"], np.split(by_shard, ends)[:-1], strict=True):
-            self._map(shard, rows)
+        for i, rows in enumerate(np.split(by_shard, ends)[:-1]):
+            self._map(i, rows)
 
-    def batches(
-        self, order: Order, consumed: int = 0, workers: int = 1, coordinates: bool = False, pinned: bool = False
-    ) -> Iterator[Batch]:
-        """The parts of this rank's share of one global batch after the other, without end, decoded ahead by threads.
+    def jobs(self, order: Order, consumed: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        known, rows = -1, np.zeros(0, int)
+        for epoch, positions in order.steps(len(self), consumed):
+            if epoch != known:
+                known, rows = epoch, order.rows(self.samples["shard"], len(self.names), epoch)
+            yield from ((rows[part], part, epoch) for part in order.share(positions))
 
-        Parameters
-        ----------
-        consumed
-            The state: samples of all ranks so far, the end of a global batch.
-        workers
-            Threads that decode; 0: the caller's own, when it asks.
-        coordinates
-            Fill ``rows``, ``cols`` and ``layouts`` too.
-        pinned
-            Into memory that a GPU copies from while the host goes on.
-        """
-
-        def jobs() -> Iterator[tuple]:
-            known, rows = -1, np.zeros(0, int)
-            for epoch, positions in order.steps(len(self), consumed):
-                if epoch != known:
-                    known, rows = epoch, order.rows(self.samples["shard"], len(self.names), epoch)
-                for part in order.share(positions):
-                    yield rows[part], part, epoch, coordinates, pinned
-
-        return read_ahead(self.read, jobs(), workers)
-
-    def first(self, n: int, order: Order, epoch: int, coordinates: bool = False) -> Iterator[Batch]:
-        """This rank's share of the first ``n`` samples as they are stored, which is a random order of its own."""
+    def first(self, n: int, order: Order, epoch: int) -> Iterator[Batch]:
         for begin in range(0, n, order.batch_size):
-            for rows in order.share(np.arange(begin, min(begin + order.batch_size, n))):
-                yield self.read(rows, rows, epoch, coordinates)
+            yield from (self.read(rows, rows, epoch) for rows in order.share(np.arange(n)[begin:][: order.batch_size]))
 
-    def read(
-        self, rows: np.ndarray, positions: np.ndarray, epoch: int, coordinates: bool = False, pinned: bool = False
-    ) -> Batch:
-        """Decode the samples of these rows of ``samples.npy``."""
+    def name(self, row: int) -> str:
+        return f"{self.folder / self.names[self.samples['shard'][row]]}, sample {row}"
 
-        def open_sample(row: int) -> tuple[str, Callable]:
-            sample = self.samples[row]
-            return f"{self.files[sample['shard']]}, sample {row}", partial(self._member, sample)
-
-        return self.batch(rows, positions, epoch, open_sample, coordinates, pinned)
-
-    def _member(self, sample: np.void, part: str) -> memoryview:
+    def member(self, row: int, part: str) -> memoryview:
         """The bytes of a member, whose header must name it and give its size."""
+        sample = self.samples[row]
         tar, offset, nbytes = self.tars[sample["shard"]], int(sample[f"{part}_offset"]), int(sample[f"{part}_nbytes"])
         name = f"{self.slices[sample['slice']]}_{sample['window']:06d}.{MEMBERS[part]}"
-        header = tar[offset - BLOCK : offset]
+        header = tar[max(0, offset - BLOCK) : offset]
         if header[:100] != name.encode()[:100].ljust(100, b"\0") or header[124:135] != b"%011o" % nbytes:
             raise self._unexpected(sample["shard"], offset - BLOCK, f"{name} of {nbytes} bytes (samples.npy)")
         return memoryview(tar)[offset : offset + nbytes]
 
     def _unexpected(self, shard: int, at: int, expected: str) -> DamagedShards:
-        header = self.tars[shard][at : at + BLOCK]
+        header = self.tars[shard][max(0, at) : max(0, at + BLOCK)]
         name, size = (header[cut].split(b"\0")[0].decode(errors="replace") for cut in (np.s_[:100], np.s_[124:136]))
         found = f"{f'member {name!r}' if name else 'no member'} of size {size!r} at byte {at}"
-        return DamagedShards(self.files[shard], found=found, expected=expected, next_step=REBUILD)
+        return DamagedShards(self.folder / self.names[shard], found, expected)
 
     def _read_samples(self, file: Path) -> np.ndarray:
+        promised = [shard["samples"] for shard in self.index["shards"]]
         try:
             samples = np.load(file, allow_pickle=False)
-        except ValueError as error:
-            raise DamagedShards(file, found=str(error), expected="a plain array", next_step=REBUILD) from error
-        if samples.dtype != SAMPLE:
-            raise DamagedShards(file, found=str(samples.dtype), expected=str(SAMPLE), next_step=REBUILD)
-        promised = [shard["samples"] for shard in self.index["shards"]]
+            if samples.dtype != SAMPLE or samples.ndim != 1:
+                raise ValueError(f"{samples.dtype} {samples.shape}")
+        except (OSError, ValueError) as error:
+            raise DamagedShards(file, error, f"a plain array of {SAMPLE}") from error
+        for name, known in (("shard", len(promised)), ("slice", len(self.slices))):
+            if len(samples) and samples[name].max() >= known:
+                raise DamagedShards(file, f"{name} {samples[name].max()}", f"less than {known} (index.json)")
         found = np.bincount(samples["shard"], minlength=len(promised)).tolist()
-        if found != promised or len(samples) != self.index["n_samples"]:
-            expected = f"{self.index['n_samples']} samples, {promised} by shard (index.json)"
-            found = f"{len(samples)} samples, {found} by shard"
-            raise DamagedShards(file, found=found, expected=expected, next_step=REBUILD)
-        if len(samples) and samples["slice"].max() >= len(self.slices):
-            found, expected = f"slice {samples['slice'].max()}", f"less than {len(self.slices)} (index.json)"
-            raise DamagedShards(file, found=found, expected=expected, next_step=REBUILD)
+        if found != promised or len(samples) != len(self):
+            expected = f"{len(self)} samples, {promised} by shard (index.json)"
+            raise DamagedShards(file, f"{len(samples)} samples, {found} by shard", expected)
         return samples
 
-    def _map(self, shard: dict, rows: np.ndarray) -> None:
-        """Map a tar; its size must be that recorded, and its samples must fill it."""
-        file = self.folder / shard["name"]
+    def _map(self, shard: int, rows: np.ndarray) -> None:
+        """Map a tar: of the size recorded, and with the samples' members, one behind the other, as all that it holds."""
+        file, promised = self.folder / self.names[shard], self.index["shards"][shard]["bytes"]
         found = file.stat().st_size if file.is_file() else "no such file"
-        if found != shard["bytes"]:
-            expected = f"{shard['bytes']} bytes (index.json)"
-            raise DamagedShards(file, found=f"{found} bytes", expected=expected, next_step=REBUILD)
+        if found != promised:
+            raise DamagedShards(file, f"{found} bytes", f"{promised} bytes (index.json)")
         with open(file, "rb") as opened:
-            tar = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        self.tars.append(tar)
-        self._check_extents(len(self.tars) - 1, self.samples[rows])
-        for part in MEMBERS:
-            self._member(self.samples[rows[0]], part)
+            self.tars.append(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+        begin, end = self._extents(self.samples[rows])
+        gaps = np.flatnonzero(begin != np.insert(end[:-1], 0, 0))
+        tail = memoryview(self.tars[shard])[max(0, end[-1]) :]
+        whole = not len(gaps) and 2 * BLOCK <= len(tail) <= 40 * BLOCK and not any(tail)
+        for row in (
+            rows[:1] if whole else rows[np.argsort(self.samples["counts_offset"][rows])]
+        ):  # says where it goes wrong
+            for part in MEMBERS:
+                self.member(row, part)
+        if len(gaps):
+            raise self._unexpected(shard, int(end[gaps[0] - 1]) if gaps[0] else 0, "a member that samples.npy lists")
+        if not whole:
+            raise self._unexpected(shard, int(end[-1]), "the end of the tar")
 
-    def _check_extents(self, shard: int, samples: np.ndarray) -> None:
-        """The samples' members, one behind the other, must be all that a tar holds."""
+    def _extents(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the members of these samples begin, with their headers, and end: int64 [3 n] each, ascending."""
         offset, nbytes = (
             np.concatenate([samples[f"{part}_{what}"] for part in MEMBERS]).astype(np.int64)
             for what in ("offset", "nbytes")
@@ -356,60 +329,38 @@ class Shards(Split):
         length = np.array([len(name) for name in self.slices])[samples["slice"]] + digits + len("_.")
         length = np.concatenate([length + len(suffix) for suffix in MEMBERS.values()])
         header = np.where(length < 100, BLOCK, 2 * BLOCK + _padded(length + 1))  # a long name has a member of its own
-        begin, end = np.sort(offset - header), np.sort(offset + _padded(nbytes))
-        whole = np.append(begin, begin[-1]) == np.insert(end, 0, 0)
-        whole[-1] = True
-        tail = self.tars[shard][end[-1] :]
-        if whole.all() and 2 * BLOCK <= len(tail) <= 40 * BLOCK and not any(tail):
-            return
-        for sample in samples[np.argsort(samples["counts_offset"])]:  # say where it goes wrong
-            for part in MEMBERS:
-                self._member(sample, part)
-        if not whole.all():
-            first = int(np.argmin(whole))
-            raise self._unexpected(shard, int(end[first - 1]) if first else 0, "a member that samples.npy lists")
-        raise self._unexpected(shard, int(end[-1]), "the end of the tar")
+        return np.sort(offset - header), np.sort(offset + _padded(nbytes))
 
 
 def read_ahead(read: Callable[..., Batch], jobs: Iterator[tuple], workers: int) -> Iterator[Batch]:
-    """``read(*job)`` of each job in order, up to two ahead of the caller for each thread."""
+    """``read(*job)`` of each job in order, by threads; one more is ahead of the caller than there are threads."""
     if not workers:
         yield from (read(*job) for job in jobs)
         return
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        ahead = deque(pool.submit(read, *job) for job in islice(jobs, 2 * workers))
+        ahead = deque(pool.submit(read, *job) for job in islice(jobs, workers + 1))
         while ahead:
             batch = ahead.popleft().result()
             ahead.extend(pool.submit(read, *job) for job in islice(jobs, 1))
             yield batch
 
 
-def decode(buffer: bytes | memoryview, dtype: str, n: int | None, where: str) -> np.ndarray:
-    """``n`` numbers (None: as many as there are) from one Blosc buffer; raises DamagedShards if it holds others."""
-    size = np.dtype(dtype).itemsize
-    if n is None:
-        nbytes = struct.unpack_from("<I", buffer, 4)[0] if len(buffer) >= 16 else 0
-        if nbytes % size:
-            expected = f"a multiple of {size} bytes"
-            raise DamagedShards(where, found=f"{nbytes} bytes", expected=expected, next_step=REBUILD)
-        n = nbytes // size
-    array = np.empty(n, dtype)
-    decode_into(buffer, array, where)
-    return array
-
-
-def decode_into(buffer: bytes | memoryview, array: np.ndarray, where: str) -> None:
-    """Fill an array, which lies together in memory, from one Blosc buffer; raises DamagedShards if it holds others."""
+def decode(
+    buffer: bytes | memoryview, where: str, dtype: str, n: int | None = None, into: np.ndarray | None = None
+) -> np.ndarray:
+    """``n`` numbers (None: all) from a Blosc buffer, into a new array or one without gaps; DamagedShards if it holds others."""
     nbytes, _, cbytes = struct.unpack_from("<III", buffer, 4) if len(buffer) >= 16 else (0, 0, 0)
+    size = np.dtype(dtype).itemsize
+    expected = (nbytes // size if n is None else n) * size
     problem = f"a Blosc buffer of {nbytes} bytes in {cbytes}"
-    if cbytes == len(buffer) and nbytes == array.nbytes:
+    if cbytes == len(buffer) and nbytes == expected > 0:  # before memory is taken for them
+        array = np.empty(nbytes // size, dtype) if into is None else into
         try:
             numcodecs.blosc.decompress(buffer, array)
-            return
+            return array
         except (RuntimeError, ValueError) as error:
             problem = f"a Blosc buffer that does not decode ({error})"
-    expected = f"{array.nbytes} bytes in {len(buffer)}"
-    raise DamagedShards(where, found=problem, expected=expected, next_step=REBUILD)
+    raise DamagedShards(where, problem, f"{expected or 'some'} bytes in {len(buffer)}")
 
 
 def lattice_lines(facts: dict) -> tuple[np.ndarray, np.ndarray, int]:
@@ -427,8 +378,7 @@ def lattice_lines(facts: dict) -> tuple[np.ndarray, np.ndarray, int]:
 def check_genes(genes: np.ndarray, n_genes: int, where: str) -> None:
     """Raise DamagedShards unless the gene indices ascend within the vocabulary."""
     if (genes[1:] <= genes[:-1]).any() or genes[0] < 0 or genes[-1] >= n_genes:
-        expected = f"ascending gene indices below {n_genes}"
-        raise DamagedShards(where, found="others", expected=expected, next_step=REBUILD)
+        raise DamagedShards(where, "others", f"ascending gene indices below {n_genes}")
 
 
 def _padded(nbytes: np.ndarray) -> np.ndarray:
@@ -436,21 +386,31 @@ def _padded(nbytes: np.ndarray) -> np.ndarray:
 
 
 def _read_index(file: Path) -> dict:
+    """``index.json``, with all that is asked of it later."""
     try:
         index = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedShards(file, found=str(error), expected="the index of a split", next_step=REBUILD) from error
-    if index.get("format_version") != FORMAT_VERSION:
-        found = f"format_version {index.get('format_version')}"
-        raise DamagedShards(file, found=found, expected=str(FORMAT_VERSION), next_step="update stpatch or " + REBUILD)
-    missing = {*FACTS, "genes", "samples", "slices", "shards"} - set(index)
-    missing |= {f"slices: {name}" for entry in index.get("slices", []) for name in set(SLICE_FACTS) - set(entry)}
-    if missing:
-        raise DamagedShards(file, found=f"no {sorted(missing)}", expected="a complete index", next_step=REBUILD)
-    files = [index[part]["file"] for part in ("genes", "samples", "components") if index.get(part)]
-    named = [*files, *(shard["name"] for shard in index["shards"]), *(entry["slice"] for entry in index["slices"])]
-    for name in named:  # of files beside the index: nothing that an index names may lie elsewhere
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
-            expected = "letters, digits, '_', '-' and '.'"
-            raise DamagedShards(file, found=f"the name {name!r}", expected=expected, next_step=REBUILD)
+        if index.get("format_version") != FORMAT_VERSION:
+            next_step = "update stpatch, or rebuild the shards"
+            raise DamagedShards(file, f"format_version {index.get('format_version')}", FORMAT_VERSION, next_step)
+        missing = {*FACTS, "genes", "samples", "slices", "shards"} - set(index)
+        missing |= {f"slices: {name}" for entry in index.get("slices", []) for name in set(SLICE_FACTS) - set(entry)}
+        if missing:
+            raise DamagedShards(file, f"no {sorted(missing)}", "a complete index")
+        parts = [index[part] for part in PARTS if part != "components" or index.get(part)]
+        named = [part["file"] for part in parts] + [shard["name"] for shard in index["shards"]]
+        for name in [*named, *(entry["slice"] for entry in index["slices"])]:
+            if not re.fullmatch(NAME, name):
+                raise DamagedShards(file, f"the name {name!r}", "letters, digits, '_', '-' and '.'")
+        sizes = [shard[name] for shard in index["shards"] for name in ("samples", "bytes")]
+        for size in [*sizes, *(index[name] for name in "mhw")]:
+            if type(size) is not int or size < 1:
+                raise DamagedShards(file, f"the size {size!r}", "whole numbers above 0")
+        if not 0 < index["target_sum"] < float("inf") or not index["n_samples"] >= 0:
+            raise DamagedShards(file, f"target_sum {index['target_sum']}, n_samples {index['n_samples']}", "numbers")
+        if not all(isinstance(entry["sha256"], str) for entry in [*parts, *index["shards"]]):
+            raise DamagedShards(file, "hashes of another kind", "text")
+    except DamagedShards:
+        raise
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedShards(file, f"{type(error).__name__}: {error}", "the index of a split") from error
     return index

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+REBUILD = "rebuild the shards (delete the folder, run `snakemake data`)"
 
 
 class TrainerError(ValueError):
     """Something that the user can put right; ``main`` prints it without a traceback."""
 
-    def __init__(self, file: str | Path, *, found: str, expected: str, next_step: str) -> None:
-        self.file, self.found, self.expected, self.next_step = str(file), found, expected, next_step
-        super().__init__(f"{file}: found {found}; expected {expected}. Next step: {next_step}")
+    next_step = ""  # of its kind, where nobody names a better one
+
+    def __init__(self, file: object, found: object, expected: object, next_step: str = "") -> None:
+        self.file, self.found, self.expected = str(file), str(found), str(expected)
+        self.next_step = next_step or self.next_step
+        super().__init__(f"{file}: found {found}; expected {expected}. Next step: {self.next_step}")
 
 
 class ConfigError(TrainerError):
@@ -20,13 +23,19 @@ class ConfigError(TrainerError):
 class DamagedShards(TrainerError):
     """A shard, its index or its vocabulary does not hold what was recorded for it."""
 
+    next_step = REBUILD
+
 
 class VocabularyMismatch(TrainerError):
     """Gene indices that count rows of another vocabulary, or counts normalised to another total."""
 
+    next_step = REBUILD
+
 
 class NonFiniteLoss(TrainerError):
     """The loss became infinite or NaN."""
+
+    next_step = "lower --lr, add --warmup, or set --clip 1; --log-every 1 names the very step"
 
 
 class SettingsChanged(TrainerError):
@@ -39,6 +48,8 @@ class DamagedSnapshot(TrainerError):
 
 class RankLost(TrainerError):
     """Another rank of the run ended, or did not answer in time."""
+
+    next_step = "see what the other ranks said; the same command goes on from the last snapshot"
 
 
 class TooLittleMemory(TrainerError):

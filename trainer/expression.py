@@ -9,20 +9,9 @@ TERMS = 32  # counts that `expected_log_normalised` sums one by one
 
 
 def log_normalise(counts: Tensor, totals: Tensor, target_sum: float) -> Tensor:
-    """``log1p(count * target_sum / total)``; zero where the total is zero.
+    """``log1p(count * target_sum / total)``, [..., m] of the type of ``totals``; zero where the total is zero.
 
-    Parameters
-    ----------
-    counts
-        [..., m], any integer type: raw counts, the genes last.
-    totals
-        [...], float: a site's total over *all* measured genes, 0 where nothing was observed.
-    target_sum
-        The total that every site is scaled to.
-
-    Returns
-    -------
-    Float tensor [..., m] of the type of ``totals``.
+    ``counts`` [..., m] of any integer type; ``totals`` float [...]: over *all* measured genes, 0 where nothing was observed.
     """
     scale = torch.where(totals > 0, target_sum / totals, 0.0)
     return torch.log1p(counts.to(totals.dtype) * scale[..., None])
@@ -32,16 +21,8 @@ def expected_log_normalised(mean: Tensor, scale: Tensor, dispersion: Tensor | No
     """E[log1p(count * scale)] of a Poisson count, or of a negative-binomial one: what minimises the squared error.
 
     Not ``log1p(mean * scale)``, which is far higher where counts are few (Jensen). The first ``TERMS`` counts are
-    summed one by one; of the tail, mean and variance are exact and its shape is taken as log-normal.
-
-    Parameters
-    ----------
-    mean
-        [..., m]: expected counts.
-    scale
-        Broadcasts with it: target_sum / total.
-    dispersion
-        Broadcasts with it: r of the negative binomial, whose variance is mean + mean^2 / r; None for Poisson.
+    summed one by one; of the tail, mean and variance are exact and its shape is taken as log-normal. ``mean`` [..., m] is of
+    counts; ``scale`` (target_sum / total) and ``dispersion`` (r, the variance being mean + mean^2 / r) broadcast with it.
     """
     if dispersion is None:
         p = torch.exp(-mean)  # of the count 0
@@ -51,12 +32,8 @@ def expected_log_normalised(mean: Tensor, scale: Tensor, dispersion: Tensor | No
     expected, mass, first, second = torch.zeros_like(p), p, torch.zeros_like(p), torch.zeros_like(p)
     for n in range(1, TERMS):
         p = p * (mean / n if dispersion is None else odds * (dispersion + n - 1) / n)
-        expected, mass, first, second = (
-            expected + p * torch.log1p(n * scale),
-            mass + p,
-            first + n * p,
-            second + n * n * p,
-        )
+        expected, mass = expected + p * torch.log1p(n * scale), mass + p
+        first, second = first + n * p, second + n * n * p
     rest = (1 - mass).clamp(min=1e-6)
     tail = (mean - first).clamp(min=0) / rest  # its mean
     square = (mean + mean.square() * (1 if dispersion is None else 1 + 1 / dispersion) - second) / rest

@@ -28,11 +28,6 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
-def as_json(content: object) -> bytes:
-    """JSON as we write it everywhere: indented, no NaN, ends with a newline."""
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
-
-
 def as_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file whose bytes depend on its content alone: the library writes metadata in random order."""
     raw = save(dict(tensors), dict(metadata))

@@ -41,7 +41,7 @@ def command(
         return [python, "-m", "torch.distributed.run", "--standalone", *torchrun, *PRETRAIN, *flags]
     if "SLURM_JOB_ID" not in env:
         next_step = "submit it to SLURM, or start torchrun on each node yourself"
-        raise ConfigError("--nodes", found=str(nodes), expected="1 outside of a SLURM job", next_step=next_step)
+        raise ConfigError("--nodes", nodes, "1 outside of a SLURM job", next_step)
     port = 20000 + int(env["SLURM_JOB_ID"]) % 10000
     torchrun += ["--nnodes", str(nodes), "--master-addr", host, "--master-port", str(port)]
     step = ["--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1", "--cpus-per-task", str(cpus)]

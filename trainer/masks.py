@@ -14,24 +14,10 @@ _WORD = 0xFFFFFFFF
 
 
 def entry_mask(seed: int, epoch: int | Tensor, positions: Tensor, n_sites: int, genes: Tensor, ratio: float) -> Tensor:
-    """Entries to hide, each with probability ``ratio`` and independently of all others.
+    """Entries to hide, bool [B, S, m]: each with probability ``ratio``, independently of all others.
 
-    Parameters
-    ----------
-    seed, epoch
-        Of the run; ``VALIDATION`` for held-out windows. An epoch in an int64 tensor [] keeps a compiled graph valid.
-    positions
-        [B] int64: each sample's position in the epoch's order (not in its batch).
-    n_sites
-        Sites of a window, S = h * w, row by row.
-    genes
-        [B, m] integer: rows of the vocabulary.
-    ratio
-        Expected fraction of entries to hide, 0 to 1.
-
-    Returns
-    -------
-    bool [B, S, m]: True where the entry is hidden.
+    ``epoch`` may be an int64 tensor [], which keeps a compiled graph valid. ``positions`` int64 [B] are those of the samples
+    in the epoch's order (not in their batch); ``n_sites`` is S = h * w, row by row; ``genes`` [B, m], rows of the vocabulary.
     """
     entry = _mix(_site_words(seed, epoch, positions, n_sites)[:, :, None] ^ genes[:, None, :].long())  # [B, S, m]
     return entry < round(ratio * (_WORD + 1))

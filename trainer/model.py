@@ -1,20 +1,15 @@
 """The masked autoencoder over the sites of a window (Eq. 8), and its rivals with another unit (Eq. 2 to 4).
 
-A token is a site. B windows, S = h * w sites, m genes of a window, d width. What the paper leaves open, chosen here:
+A token is a site. B windows, S = h * w sites, m genes of a window, d width. What the paper leaves open, and was chosen here,
+is in docs/method.md; of the choices that one meets in the code:
 
-- *Scale of the input.* The sum over a site's visible genes is multiplied by (genes a window has in training) /
-  (visible genes of that site), as in inverted dropout: masking, or another number of genes when embedding, keeps it.
-- *Position.* Fixed sines and cosines of the site's row and column in the window, added to the input; or ``relative``:
-  queries and keys turned by angles of row and column (rotary), so that attention depends on differences alone and
-  keeps its fused kernels, which a learned bias by offset would not. Only the unit ``patch`` has positions: elsewhere no
-  site sees the window.
-- *Centring.* ``inputs: centred`` takes each value about its gene's training mean, so that the sum no longer says above
-  all which genes the window drew; ``standardised`` also divides by the deviation. ``plain`` is Eq. 8 to the letter.
-- *Gene embeddings* start with about unit length: random, or the loadings of the corpus' principal components.
-- *Gene bias.* Starts at each gene's training mean, and the decoder's last layer at zero: before its first step the
-  model is exactly the gene-mean predictor that it has to beat (with a likelihood of counts: nearly).
-- *Unobserved sites* are no keys in the attention and never in the loss. The mask is one bool a key, [B, 1, 1, S]: fused
-  kernels take it as it is, and whether a window needs it is never asked, which would make the host wait for the device.
+- The sum over a site's visible genes is scaled by (genes a window has in training) / (visible genes of that site), as in
+  inverted dropout: masking, or another number of genes when embedding, keeps it.
+- Gene biases start at the training means and the decoder's last layer at zero: before its first step the model is exactly
+  the gene-mean predictor that it has to beat (with a likelihood of counts: nearly).
+- Unobserved sites are no keys in the attention and never in the loss. The mask is one bool a key, [B, 1, 1, S]: fused kernels
+  take it as it is, and whether a window needs it is never asked, which would make the host wait for the device. Relative
+  positions are rotary for the same reason: a learned bias by offset would not keep the fused kernels.
 """
 
 from __future__ import annotations
@@ -32,21 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer import units
-from trainer.config import FORMAT_VERSION, knob
+from trainer.config import FORMAT_VERSION, check, knob, refusal
 from trainer.data import Vocabulary
 from trainer.errors import ConfigError, VocabularyMismatch
 from trainer.expression import expected_log_normalised
 
 LEAST_DEVIATION = 0.1  # of a gene that is hardly ever seen: its few values must not become huge
 MAX_LOG_DISPERSION = 6.0  # of the negative binomial: beyond e^6 it is Poisson, and float32 loses its logarithms
-CHOICES = {
-    "unit": units.UNITS,
-    "inputs": ("plain", "centred", "standardised"),
-    "targets": ("plain", "standardised"),
-    "positions": ("none", "sincos", "relative"),
-    "likelihood": ("mse", "poisson", "nb"),
-    "gene_embeddings": ("random", "components"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,38 +42,31 @@ class ModelConfig:
     m: int  # genes of a training window
     h: int
     w: int
-    unit: str = knob("patch", "what a site sees: patch (Eq. 8), spot (Eq. 2), multispot (Eq. 3) or slice (Eq. 4)")
-    neighbours: int = knob(16, "nearest sites of the unit multispot")
-    domains: int = knob(8, "macro-domains of the unit slice")
-    width: int = knob(256, "d: numbers that describe a site, and a gene")
-    depth: int = knob(6, "encoder layers")
-    heads: int = knob(8, "attention heads of the encoder")
-    feed_forward: int = knob(1024, "hidden units of the encoder's feed-forward layers")
-    decoder_width: int = knob(128, "width of the decoder; its feed-forward layers are four times as wide")
+    unit: str = knob("patch|spot|multispot|slice", "what a site sees (Eq. 8, 2, 3, 4)")
+    neighbours: int = knob(16, "nearest sites of the unit multispot", least=1)
+    domains: int = knob(8, "macro-domains of the unit slice", least=1)
+    width: int = knob(256, "d: numbers that describe a site, and a gene", least=4)
+    depth: int = knob(6, "encoder layers", least=1)
+    heads: int = knob(8, "attention heads of the encoder", least=1)
+    feed_forward: int = knob(1024, "hidden units of the encoder's feed-forward layers", least=1)
+    decoder_width: int = knob(128, "width of the decoder; its feed-forward layers are four times as wide", least=1)
     decoder_depth: int = knob(2, "decoder layers")
-    decoder_heads: int = knob(4, "attention heads of the decoder")
-    positions: str = knob("sincos", "of the unit patch: none, sincos (added) or relative (rotary)")
-    gene_embeddings: str = knob("random", "at the start: random, or components (principal, of the corpus)")
-    inputs: str = knob("plain", "plain (Eq. 8), centred (about the gene's training mean) or standardised")
-    targets: str = knob("plain", "what the squared error is of: plain or standardised expression")
-    likelihood: str = knob("mse", "mse (of expression), or of counts: poisson or nb (negative binomial)")
+    decoder_heads: int = knob(4, "attention heads of the decoder", least=1)
+    positions: str = knob("sincos|none|relative", "of the unit patch; sincos is added, relative is rotary")
+    gene_embeddings: str = knob("random|components", "at the start; components: principal ones, of the corpus")
+    inputs: str = knob("plain|centred|standardised", "plain is Eq. 8; centred about the gene's training mean")
+    targets: str = knob("plain|standardised", "expression that the squared error is of")
+    likelihood: str = knob("mse|poisson|nb", "mse is of expression, the others (nb: negative binomial) of counts")
 
     def __post_init__(self) -> None:
-        expected = {n: ", ".join(choices) for n, choices in CHOICES.items() if getattr(self, n) not in choices}
-        least = {n: 1 for n in ("heads", "decoder_heads", "depth", "feed_forward", "neighbours", "domains")}
-        least |= {"width": 4, "decoder_width": 1, "decoder_depth": 0}
-        expected |= {n: f"at least {bound}" for n, bound in least.items() if getattr(self, n) < bound}
-        if not expected:
-            for name, heads in (("width", self.heads), ("decoder_width", self.decoder_heads)):
-                step = math.lcm(heads, 4 if name == "width" else 1)  # 4: sine and cosine of row and column
-                step = 4 * heads if self.positions == "relative" else step  # the same of each head
-                if getattr(self, name) % step:
-                    expected[name] = f"a multiple of {step}, for {heads} heads"
-            if self.likelihood != "mse" and self.targets != "plain":
-                expected["targets"] = f"plain, as likelihood {self.likelihood} is of counts"
-        for name, right in expected.items():
-            next_step = f"change --{name.replace('_', '-')}, or `{name}` in the config file"
-            raise ConfigError("model", found=f"{name} {getattr(self, name)}", expected=right, next_step=next_step)
+        check(self)
+        for name, heads in (("width", self.heads), ("decoder_width", self.decoder_heads)):
+            step = math.lcm(heads, 4 if name == "width" else 1)  # 4: sine and cosine of row and column
+            step = 4 * heads if self.positions == "relative" else step  # the same of each head
+            if getattr(self, name) % step:
+                raise refusal(self, f"a multiple of {step}, for {heads} heads", name)
+        if self.likelihood != "mse" and self.targets != "plain":
+            raise refusal(self, f"plain, as likelihood {self.likelihood} is of counts", "targets")
 
 
 class Block(nn.Module):
@@ -129,14 +109,14 @@ class MaskedAutoencoder(nn.Module):
         deviation = np.maximum(np.sqrt(vocabulary.variance), LEAST_DEVIATION)
         for name, statistic in (("gene_mean", vocabulary.mean), ("gene_deviation", deviation)):
             self.register_buffer(name, torch.from_numpy(statistic).float(), persistent=False)
-        place, turns = None, (None, None)
-        if cfg.unit == "patch" and cfg.positions == "sincos":
-            place = position_encoding(cfg.h, cfg.w, cfg.width)  # [S, d]
-        if cfg.unit == "patch" and cfg.positions == "relative":
-            sizes = (cfg.width // cfg.heads, cfg.decoder_width // cfg.decoder_heads)
-            turns = (rotation(cfg.h, cfg.w, size) for size in sizes)
-        for name, table in zip(("position", "encoder_turn", "decoder_turn"), (place, *turns), strict=True):
-            self.register_buffer(name, table, persistent=False)
+        positions, tables = cfg.positions if cfg.unit == "patch" else "none", {}
+        if positions == "sincos":
+            tables = {"position": position_encoding(cfg.h, cfg.w, cfg.width)}  # [S, d]
+        if positions == "relative":
+            sizes = {"encoder_turn": cfg.width // cfg.heads, "decoder_turn": cfg.decoder_width // cfg.decoder_heads}
+            tables = {name: rotation(cfg.h, cfg.w, size) for name, size in sizes.items()}
+        for name in ("position", "encoder_turn", "decoder_turn"):
+            self.register_buffer(name, tables.get(name), persistent=False)
         self.encoder = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.feed_forward) for _ in range(cfg.depth))
         self.encoder_norm = nn.LayerNorm(cfg.width)
         self.narrow = nn.Linear(cfg.width, cfg.decoder_width)
@@ -216,10 +196,7 @@ class MaskedAutoencoder(nn.Module):
     def predict(self, scores: Tensor, genes: Tensor, depth: Tensor) -> Tensor:
         """Normalised expression [B, S, m] that the scores stand for.
 
-        Parameters
-        ----------
-        depth
-            float [B, S]: total / target_sum of each site, above 0; of use to likelihoods of counts alone.
+        ``depth`` [B, S] is total / target_sum of each site, above 0; of use to likelihoods of counts alone.
         """
         if self.cfg.likelihood != "mse":
             dispersion = self.dispersion(genes) if self.cfg.likelihood == "nb" else None
@@ -269,15 +246,8 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 def build(cfg: ModelConfig, vocabulary: Vocabulary, seed: int, components: Path | None = None) -> MaskedAutoencoder:
     """A fresh model on the CPU: the same weights for the same seed, whatever was drawn before.
 
-    Parameters
-    ----------
-    components
-        The corpus' ``components.safetensors``; needed, and read, where gene embeddings start from them.
-
-    Raises
-    ------
-    ConfigError, VocabularyMismatch
-        Gene embeddings are to start from components, and there are none, or of another vocabulary.
+    Raises ConfigError or VocabularyMismatch where gene embeddings are to start from ``components`` (the corpus' file of
+    them), and there are none, or of another vocabulary.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -293,13 +263,10 @@ def build(cfg: ModelConfig, vocabulary: Vocabulary, seed: int, components: Path 
         if cfg.likelihood == "nb":
             model.gene_log_dispersion.weight.fill_(1.0)
         if cfg.likelihood != "mse":
-            model.gene_bias.weight[:, 0] = mean.expm1().clamp(min=1e-4).log()
-        else:
-            model.gene_bias.weight[:, 0] = mean if cfg.targets == "plain" else 0.0
+            mean = mean.expm1().clamp(min=1e-4).log()
+        model.gene_bias.weight[:, 0] = mean if cfg.targets == "plain" else 0.0
         if cfg.gene_embeddings == "components":
-            axes = read_components(components, vocabulary)[
-                :, : cfg.width
-            ]  # unit columns: now rows of about unit length
+            axes = read_components(components, vocabulary)[:, : cfg.width]  # columns, then rows, of about unit length
             model.gene_embedding.weight[:, : axes.shape[1]] = axes * (len(axes) / cfg.width) ** 0.5
     return model
 
@@ -308,52 +275,40 @@ def read_components(file: Path | None, vocabulary: Vocabulary) -> Tensor:
     """The corpus' principal axes, float32 [n_genes, k] (docs/format.md, components)."""
     next_step = "build the shards again with `components` above 0, or choose --gene-embeddings random"
     if file is None or not file.is_file():
-        found, expected = "no components.safetensors", "those that gene embeddings are to start from"
-        raise ConfigError(file or "shards", found=found, expected=expected, next_step=next_step)
+        expected = "those that gene embeddings are to start from"
+        raise ConfigError(file or "shards", "no components.safetensors", expected, next_step)
     try:
         with safetensors.safe_open(file, "pt") as opened:
             axes, made_for = opened.get_tensor("components"), opened.metadata()["genes_sha256"]
     except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        expected = "principal components"
-        raise ConfigError(file, found=" ".join(str(error).split()), expected=expected, next_step=next_step) from error
+        raise ConfigError(file, " ".join(str(error).split()), "principal components", next_step) from error
     if made_for != vocabulary.sha256:
-        found, expected = f"components of genes.tsv {made_for}", vocabulary.sha256
-        raise VocabularyMismatch(file, found=found, expected=expected, next_step=next_step)
+        raise VocabularyMismatch(file, f"components of genes.tsv {made_for}", vocabulary.sha256, next_step)
     return axes
 
 
 def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder, dict, Vocabulary]:
     """Read a model folder: the model (in eval mode, on the CPU), its ``config.json``, its vocabulary.
 
-    Parameters
-    ----------
-    untrained
-        Leave the weights as they were before the first step (the control of every comparison).
-
-    Raises
-    ------
-    ConfigError, VocabularyMismatch
-        Not a finished model folder, of another version, or with a vocabulary that is not the one trained with.
+    ``untrained`` leaves the weights as they were before the first step (the control of every comparison). Raises ConfigError
+    or VocabularyMismatch for what is no finished model folder, of another version, or has not the vocabulary trained with.
     """
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        next_step = "name the folder that trainer.pretrain wrote"
-        raise ConfigError(folder, found=str(error), expected="a model folder", next_step=next_step) from error
-    if config.get("format_version") != FORMAT_VERSION:
-        found = f"format_version {config.get('format_version')}"
-        raise ConfigError(folder, found=found, expected=str(FORMAT_VERSION), next_step="update stpatch")
+        if (version := config.get("format_version")) != FORMAT_VERSION:
+            raise ConfigError(folder, f"format_version {version}", FORMAT_VERSION, "update stpatch")
+        cfg, trained_with = ModelConfig(**config["model"]), config["data"]["genes"]["sha256"]
+    except ConfigError:
+        raise
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        next_step = "name the folder that trainer.pretrain wrote; where it is of another version, update stpatch"
+        raise ConfigError(folder, error, "a model folder", next_step) from error
     vocabulary = Vocabulary.read(folder / "genes.tsv")
-    if vocabulary.sha256 != config["data"]["genes"]["sha256"]:
-        found, expected = f"sha256 {vocabulary.sha256}", f"{config['data']['genes']['sha256']} (config.json)"
+    if vocabulary.sha256 != trained_with:
         next_step = "restore the genes.tsv that the model was trained with"
-        raise VocabularyMismatch(folder / "genes.tsv", found=found, expected=expected, next_step=next_step)
-    try:
-        cfg = ModelConfig(**config["model"])
-    except TypeError as error:
-        expected, next_step = "the knobs of this version's model", "update stpatch, or train again"
-        raise ConfigError(folder, found=str(error), expected=expected, next_step=next_step) from error
+        found, expected = f"sha256 {vocabulary.sha256}", f"{trained_with} (config.json)"
+        raise VocabularyMismatch(folder / "genes.tsv", found, expected, next_step)
     if untrained:
         model = build(cfg, vocabulary, config["train"]["seed"], folder / "components.safetensors")
     else:
@@ -361,7 +316,6 @@ def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder
         try:
             model.load_state_dict(safetensors.torch.load_file(weights))
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            problem = " ".join(str(error).split())
             next_step = "let the training finish, or train again"
-            raise ConfigError(weights, found=problem, expected="the model's weights", next_step=next_step) from error
+            raise ConfigError(weights, " ".join(str(error).split()), "the model's weights", next_step) from error
     return model.eval(), config, vocabulary

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import masks, units
-from trainer.config import knob
-from trainer.data import Batch, Vocabulary
-from trainer.errors import ConfigError
+from trainer.config import check, knob, refusal
+from trainer.data import Batch
 from trainer.expression import log_normalise
 from trainer.model import MaskedAutoencoder
 
@@ -18,31 +17,24 @@ from trainer.model import MaskedAutoencoder
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     seed: int  # of the run
-    mask_ratio: float = knob(0.3, "fraction of the (site, gene) entries that is hidden")
-    mask_sites: float = knob(0.0, "fraction of the sites that is hidden whole, beside the single entries")
+    mask_ratio: float = knob(0.3, "fraction of the (site, gene) entries that is hidden", below=1)
+    mask_sites: float = knob(0.0, "fraction of the sites that is hidden whole, beside the single entries", below=1)
 
     def __post_init__(self) -> None:
-        hidden = 1 - (1 - self.mask_ratio) * (1 - self.mask_sites)
-        if not (0 <= self.mask_ratio < 1 and 0 <= self.mask_sites < 1 and hidden > 0):
-            found = f"mask_ratio {self.mask_ratio}, mask_sites {self.mask_sites}"
-            next_step = "change --mask-ratio or --mask-sites, or the config file"
-            raise ConfigError("training", found=found, expected="between 0 and 1, not both 0", next_step=next_step)
+        check(self)
+        if not self.mask_ratio and not self.mask_sites:
+            raise refusal(self, "one of them above 0", "mask_ratio", "mask_sites")
 
 
 class Objective(nn.Module):
     """The model with its loss.
 
     Nothing joins two samples, and nothing makes the host wait for the device; shapes follow from the batch's alone.
-
-    Parameters
-    ----------
-    index, vocabulary
-        Of the shards.
     """
 
-    def __init__(self, model: MaskedAutoencoder, index: dict, vocabulary: Vocabulary, cfg: ObjectiveConfig) -> None:
+    def __init__(self, model: MaskedAutoencoder, target_sum: float, cfg: ObjectiveConfig) -> None:
         super().__init__()
-        self.model, self.cfg, self.target_sum = model, cfg, float(index["target_sum"])
+        self.model, self.cfg, self.target_sum = model, cfg, float(target_sum)
 
     @property
     def needs_coordinates(self) -> bool:

@@ -11,7 +11,9 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import math
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,94 +25,59 @@ import torch
 from torch import nn
 
 from trainer import budget, config, masks
-from trainer.card import model_card
 from trainer.config import knob
-from trainer.curve import curve
 from trainer.data import Batch, Order, Shards, Split
 from trainer.errors import ConfigError, NonFiniteLoss, TrainerError
-from trainer.files import as_json, as_safetensors, write_whole
+from trainer.files import as_safetensors, write_whole
 from trainer.model import ModelConfig, build
 from trainer.objective import Objective, ObjectiveConfig
 from trainer.progress import Progress, open_log
-from trainer.ranks import PREEMPTED, Asked, Ranks, Sums, joined, pick_device
+from trainer.ranks import PREEMPTED, Asked, Ranks, Sums, joined
+from trainer.report import curve, model_card
 from trainer.snapshots import Snapshots, check_same_run, restore, tensors_of, unpack
 from trainer.stream import Stream
-
-__all__ = ["main", "pick_device", "run", "train"]
-TAME = "lower --lr, add --warmup, or set --clip 1"  # what helps against a loss that is not finite
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     epochs: float = knob(40.0, "passes over the training windows")
     steps: int = knob(0, "optimizer steps; 0: as many as --epochs makes")
-    batch_size: int = knob(32, "windows a step, of all ranks together")
-    accumulate: int = knob(1, "parts that a rank takes its windows of a step in, to save memory", free=True)
-    optimizer: str = knob("adam", "adam (decay added to the gradient) or adamw (decay apart from it)")
+    batch_size: int = knob(32, "windows a step, of all ranks together", least=1)
+    accumulate: int = knob(1, "parts that a rank takes its windows of a step in, to save memory", least=1, free=True)
+    optimizer: str = knob("adam|adamw", "adam adds the decay to the gradient, adamw applies it apart")
     lr: float = knob(1e-4, "peak learning rate")
-    beta1: float = knob(0.9, "decay of the gradient's running mean")
-    beta2: float = knob(0.999, "decay of its running square")
+    beta1: float = knob(0.9, "decay of the gradient's running mean", below=1)
+    beta2: float = knob(0.999, "decay of its running square", below=1)
     weight_decay: float = knob(0.01, "on the weight matrices of the layers, not on gene embeddings, biases and norms")
     warmup: int = knob(0, "steps of linear warm-up before the cosine")
     clip: float = knob(0.0, "largest norm of the gradient; 0: no limit")
-    seed: int = knob(0, "of the first weights, the order and the masks")
-    shuffle: str = knob(
-        "full", "full, or block: whole shards in random order, a few at a time shuffled (network disks)"
-    )
-    block_shards: int = knob(8, "shards that --shuffle block mixes")
-    reader: str = knob("mmap", "mmap, or webdataset: shards by URL, in their stored order, slower")
-    workers: int = knob(1, "threads that decode ahead; 0: none", free=True)
+    seed: int = knob(0, "of the first weights, the order and the masks", below=2**63)
+    shuffle: str = knob("full|block", "block: whole shards in random order, a few at a time mixed (network disks)")
+    block_shards: int = knob(8, "shards that --shuffle block mixes", least=1)
+    reader: str = knob("mmap|webdataset", "webdataset: shards by URL, in their stored order, slower")
+    workers: int = knob(-1, "threads that decode ahead; 0: none, -1: one, on a GPU up to four", least=-1, free=True)
     device: str = knob("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...", free=True)
-    dtype: str = knob("auto", "of the matrix products: float32, bfloat16, or auto (bfloat16 on a GPU that has it)")
-    compile: str = knob("auto", "torch.compile: on, off, or auto (on a GPU, for runs of 200 steps or more)", free=True)
-    log_every: int = knob(20, "steps between two lines of progress", free=True)
-    log: str = knob("none", "besides metrics.jsonl: none, tensorboard or wandb", free=True)
-    val_every: int = knob(500, "steps between two validations", free=True)
+    dtype: str = knob("auto|float32|bfloat16", "of the matrix products; auto: bfloat16 on a GPU that has it")
+    compile: str = knob("auto|on|off", "torch.compile; auto: on a GPU, for runs of 200 steps or more", free=True)
+    log_every: int = knob(20, "steps between two lines of progress", least=1, free=True)
+    log: str = knob("none|tensorboard|wandb", "besides metrics.jsonl", free=True)
+    val_every: int = knob(500, "steps between two validations", least=1, free=True)
     val_samples: int = knob(512, "held-out windows to validate on, the first of their shards; 0: all")
-    resume: str = knob("auto", "auto: go on from the latest snapshot in --out; never: start anew", free=True)
-    snapshot_every: int = knob(500, "steps between two snapshots", free=True)
-    keep: int = knob(2, "latest snapshots to keep, besides the best", free=True)
+    resume: str = knob("auto|never", "auto: go on from the latest snapshot in --out; never: start anew", free=True)
+    snapshot_every: int = knob(500, "steps between two snapshots", least=1, free=True)
+    keep: int = knob(2, "latest snapshots to keep, besides the best", least=1, free=True)
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("epochs", "steps", "lr", "weight_decay", "warmup", "clip", "seed", "val_samples"), 0)
-        least |= dict.fromkeys(("batch_size", "accumulate", "block_shards", "log_every", "val_every"), 1)
-        least |= dict.fromkeys(("snapshot_every", "keep"), 1) | {"workers": 0}
-        for name, bound in least.items():
-            if not bound <= getattr(self, name) < math.inf:
-                raise _refuse(name, getattr(self, name), f"at least {bound}, and finite")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise _refuse(name, getattr(self, name), "at least 0 and below 1")
-        if self.seed >= 2**63:
-            raise _refuse("seed", self.seed, "below 2**63")
-        choices = {"optimizer": ("adam", "adamw"), "shuffle": ("full", "block"), "reader": ("mmap", "webdataset")}
-        choices |= {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
-        choices |= {"log": ("none", "tensorboard", "wandb"), "resume": ("auto", "never")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise _refuse(name, getattr(self, name), " or ".join(allowed))
+        config.check(self)
 
 
 SETTINGS = (ModelConfig, ObjectiveConfig, TrainConfig)
 
 
-def _refuse(name: str, value: object, expected: str) -> ConfigError:
-    next_step = f"change --{name.replace('_', '-')}, or `{name}` in the config file"
-    return ConfigError("training", found=f"{name} {value}", expected=expected, next_step=next_step)
-
-
 def train(
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    shards: Split,
-    val: Split | None,
-    cfg: TrainConfig,
-    ranks: Ranks,
-    progress: Progress,
-    state: dict,
-    save: Callable[[], None],
-    asked: Asked,
-) -> bool:
+    objective: Objective, optimizer: torch.optim.Optimizer, shards: Split, val: Split | None, cfg: TrainConfig,
+    ranks: Ranks, progress: Progress, state: dict, save: Callable[[], None], asked: Asked,
+) -> bool:  # fmt: skip
     """The training loop: from ``state`` to ``cfg.steps``; whether it got there, or was asked to stop before.
 
     The host waits for the device only where a line is due, and learns only then whether all was finite; so nothing is
@@ -119,11 +86,11 @@ def train(
     sums, order, forward = Sums(objective.parameters(), ranks), order_of(cfg, ranks), compiled(objective, cfg, ranks)
     seen = torch.tensor(state["seen"], device=ranks.device)  # loss and number of hidden entries since the last line
     finite = torch.ones((), dtype=torch.bool, device=ranks.device)
-    sound = (state["step"], state["consumed"])  # where all was last known to be finite
-    batches = shards.batches(order, state["consumed"], cfg.workers, objective.needs_coordinates, ranks.on_gpu)
-    batches = on_device(batches, ranks.device, progress.wait)
-    if not state["step"] and not progress.scores:
-        progress.validated(0, 0, validate, objective, val, cfg, ranks)
+    sound = state["step"]  # where all was last known to be finite
+    batches = on_device(shards.batches(order, state["consumed"], cfg.workers), ranks.device, progress.wait)
+    if not state["step"]:
+        with progress.pause():
+            progress.validated(0, 0, validate(objective, val, cfg, ranks))
 
     while state["step"] < cfg.steps:
         sums.buffer.zero_()
@@ -134,11 +101,8 @@ def train(
                 sums.loss.add_(loss.detach())
                 loss[0].backward()
         sums.over_ranks(asked.to_stop)
-        norm = torch.linalg.vector_norm(sums.gradients)
-        finite &= norm.isfinite() & sums.loss.isfinite().all()
+        finite &= sums.clip(cfg.clip)
         seen += sums.loss
-        if cfg.clip:
-            sums.gradients.mul_((cfg.clip / (norm + 1e-6)).clamp(max=1))
         lr = learning_rate(state["step"], cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -151,23 +115,22 @@ def train(
         validation = last or step % cfg.val_every == 0
         stop = not last and sums.asked_to_stop(asked, log)
         snapshot = stop or not last and step % cfg.snapshot_every == 0
-        if step == progress.first + 1 and not log:
-            ranks.wait()
-            progress.warmed(step, consumed)
         if log or validation or snapshot:
             if not finite:
-                raise diverged(sound, (step, consumed), lr, shards)
-            sound = (step, consumed)
+                found = f"a loss or gradient that is not finite in steps {sound + 1} to {step}, learning rate {lr:.3g}"
+                raise NonFiniteLoss(shards.folder, found, "finite numbers")
+            sound = step
         if log:
             progress.trained(step, consumed, (seen[0] / seen[1].clamp(min=1)).item(), lr)
             seen.zero_()
-        if validation:
-            progress.validated(step, consumed, validate, objective, val, cfg, ranks)
-            if not last and progress.scores and not at_most(state["best"], progress.scores):
-                state["best"], snapshot = {"step": step, **progress.scores}, True
-        if snapshot:
-            state["seen"] = seen.tolist()
-            progress.pause(save, step)
+        with progress.pause():
+            if validation:
+                progress.validated(step, consumed, validate(objective, val, cfg, ranks))
+                if not last and progress.scores and not at_most(state["best"], progress.scores):
+                    state["best"], snapshot = {"step": step, **progress.scores}, True
+            if snapshot:
+                state["seen"] = seen.tolist()
+                save()
         if stop:
             return False
     return True
@@ -211,15 +174,13 @@ def compiled(objective: Objective, cfg: TrainConfig, ranks: Ranks) -> Callable[[
     """The objective, compiled for the batch's very shape; in CUDA graphs where batches are small and launching takes longest."""
     if cfg.compile != "on":
         return objective
-    small = ranks.on_gpu and cfg.batch_size <= 64 * ranks.number * cfg.accumulate
+    small = ranks.on_gpu and order_of(cfg, ranks).part <= 64
     return torch.compile(objective, fullgraph=True, dynamic=False, mode="reduce-overhead" if small else "default")
 
 
 def autocast(cfg: TrainConfig, ranks: Ranks) -> contextlib.AbstractContextManager:
     """Matrix products in bfloat16 where the settings say so; weights, sums and the loss stay float32."""
-    if cfg.dtype != "bfloat16":
-        return contextlib.nullcontext()
-    return torch.autocast(ranks.device.type, torch.bfloat16)
+    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 
 def validate(objective: Objective, val: Split | None, cfg: TrainConfig, ranks: Ranks) -> dict[str, float]:
@@ -231,17 +192,15 @@ def validate(objective: Objective, val: Split | None, cfg: TrainConfig, ranks: R
     if val is None:
         return {}
     n = min(cfg.val_samples or len(val), len(val))
-    batches = val.first(n, order_of(cfg, ranks), masks.VALIDATION, objective.needs_coordinates)
     parts = [torch.zeros(3, device=ranks.device)]
-    for batch in batches:
+    for batch in val.first(n, order_of(cfg, ranks), masks.VALIDATION):
         if len(batch):
             with autocast(cfg, ranks):
                 parts.append(objective.evaluate(batch.to(ranks.device)))
     sums = torch.stack(parts).cpu().double().sum(0)
     ranks.add(sums)
     if not sums.isfinite().all():
-        found = f"a held-out loss of {sums[0].item()}"
-        raise NonFiniteLoss(val.folder, found=found, expected="finite numbers", next_step=TAME)
+        raise NonFiniteLoss(val.folder, f"a held-out loss of {sums[0].item()}", "finite numbers")
     masked_mse, gene_mean_mse = (sums[:2] / sums[2].clamp(min=1)).tolist()
     return {"masked_mse": masked_mse, "gene_mean_mse": gene_mean_mse, "n_windows": n}
 
@@ -268,41 +227,26 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
         {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
     ]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
-    fused = matrices[0].device.type in ("cpu", "cuda")
-    return kind(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
-
-
-def diverged(sound: tuple[int, int], now: tuple[int, int], lr: float, shards: Split) -> NonFiniteLoss:
-    """The error that names the steps and samples among which a loss or gradient was not finite."""
-    found = (
-        f"a loss or gradient that is not finite in steps {sound[0] + 1} to {now[0]} "
-        f"(samples {sound[1] + 1} to {now[1]}), learning rate {lr:.3g}"
-    )
-    next_step = f"{TAME}; --log-every 1 names the very step"
-    return NonFiniteLoss(shards.folder, found=found, expected="finite numbers", next_step=next_step)
+    return kind(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=matrices[0].device.type in ("cpu", "cuda"))
 
 
 def resolved(cfg: TrainConfig, n_samples: int, ranks: Ranks) -> TrainConfig:
-    """The settings with what the data and the device decide: steps, dtype, compile."""
+    """The settings with what the data and the device decide: steps, workers, dtype, compile."""
     steps = cfg.steps or math.ceil(cfg.epochs * math.ceil(n_samples / cfg.batch_size))
-    dtype, compile = cfg.dtype, cfg.compile
+    dtype, compile, workers = cfg.dtype, cfg.compile, cfg.workers
+    if workers < 0:
+        workers = max(1, min(4, os.cpu_count() // ranks.here - 1)) if ranks.on_gpu else 1
     if dtype == "auto":
         dtype = "bfloat16" if ranks.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if compile == "auto":
         compile = "on" if ranks.on_gpu and steps >= 200 and importlib.util.find_spec("triton") else "off"
-    return dataclasses.replace(cfg, steps=steps, dtype=dtype, compile=compile)
+    return dataclasses.replace(cfg, steps=steps, workers=workers, dtype=dtype, compile=compile)
 
 
 def run(
-    shards: Split,
-    val: Split | None,
-    out: Path,
-    model_cfg: ModelConfig,
-    objective_cfg: ObjectiveConfig,
-    cfg: TrainConfig,
-    ranks: Ranks,
-    asked: Asked,
-) -> bool:
+    shards: Split, val: Split | None, out: Path, model_cfg: ModelConfig, objective_cfg: ObjectiveConfig, cfg: TrainConfig,
+    ranks: Ranks, asked: Asked,
+) -> bool:  # fmt: skip
     """Train and write the model folder, from the latest snapshot in it if there is one; whether the run came to its end.
 
     An earlier model in the folder is replaced.
@@ -311,42 +255,46 @@ def run(
     sections = {"model": model_cfg, "objective": objective_cfg, "train": cfg}
     identity = {name: config.fixed(section) for name, section in sections.items()}
     identity |= {"data": shards.identity(), "held_out": val.identity() if val else {}}
-    state, tensors = start(out, identity, cfg, ranks)
+    snapshots = Snapshots(out / "snapshots", cfg.keep)
+    state, tensors = start(out, identity, snapshots, cfg, ranks)
     lines = tensors.pop("metrics", np.zeros(0, np.uint8)).tobytes()
     model = build(model_cfg, shards.vocabulary, cfg.seed, shards.components)
-    objective = Objective(model, shards.index, shards.vocabulary, objective_cfg).to(ranks.device)
+    objective = Objective(model, shards.index["target_sum"], objective_cfg).to(ranks.device)
     optimizer = make_optimizer(model, cfg)
     if tensors:
         restore(model, optimizer, tensors)
-    snapshots = Snapshots(out / "snapshots", cfg.keep)
+    for split in filter(None, (shards, val)):
+        split.coordinates, split.pinned = objective.needs_coordinates, ranks.on_gpu
     facts = {"format_version": config.FORMAT_VERSION}
     facts |= {name: dataclasses.asdict(section) for name, section in sections.items()}
     facts["data"] = shards.facts() | {"held_out": val.facts()["slices"] if val else []}
-    facts["run"] = {"device": ranks.name, "ranks": ranks.number, "torch": torch.__version__}
-    facts["run"]["resumed"] = state["resumed"]
+    facts["run"] = {
+        "device": ranks.name,
+        "ranks": ranks.number,
+        "torch": torch.__version__,
+        "resumed": state["resumed"],
+    }
 
-    one = next(shards.first(1, Order(1, cfg.seed), 0, objective.needs_coordinates)).to(ranks.device)
-    cost = budget.cost(objective, one)
-    share = -(-cfg.batch_size // (ranks.number * cfg.accumulate))  # windows that this process takes at a time
+    part, peak = order_of(cfg, ranks).part, budget.peak_flops(ranks.device, cfg.dtype)
+    cost = budget.cost(objective, next(shards.first(1, Order(1, cfg.seed), 0)).to(ranks.device))
     available = budget.available_bytes(ranks.device)
-    if not ranks.on_gpu and available is not None and cost.bytes(share) * ranks.here > available:
-        raise budget.too_little(cost, share, available // ranks.here, ranks.device)
-    peak = budget.peak_flops(ranks.device, cfg.dtype)
+    if not ranks.on_gpu and available is not None and cost.bytes(part) * ranks.here > available:
+        raise budget.too_little(cost, part, cfg.accumulate, available // ranks.here, ranks.device)
+
+    def machine(speed: float) -> dict[str, float | None]:
+        mfu = speed * cost.flops / (peak * ranks.number) if peak else None
+        return {"mfu": mfu, "peak_memory_mb": budget.peak_memory_mb(ranks.device)}
+
+    def save() -> None:
+        state["seconds"] = progress.seconds
+        if ranks.first:
+            metrics = {"metrics": np.frombuffer(progress.lines(), np.uint8)}
+            snapshots.save(state, tensors_of(model, optimizer) | metrics)
 
     with Progress(
-        out / "metrics.jsonl" if ranks.first else None, cfg.steps, len(shards), state["step"], state["consumed"],
-        lines, state["seconds"],
-        mfu=lambda speed: speed * cost.flops / (peak * ranks.number) if peak else None,
-        peak_memory_mb=lambda: budget.peak_memory_mb(ranks.device),
-        log=open_log(cfg.log, out, facts) if ranks.first else None,
+        out / "metrics.jsonl" if ranks.first else None, cfg.steps, len(shards), state["consumed"], lines,
+        state["seconds"], machine, open_log(cfg.log, out, facts) if ranks.first else None,
     ) as progress:  # fmt: skip
-
-        def save() -> None:
-            state["seconds"] = progress.seconds
-            if ranks.first:
-                metrics = {"metrics": np.frombuffer(progress.lines(), np.uint8)}
-                snapshots.save(state, tensors_of(model, optimizer) | metrics)
-
         simulated = " (simulated data)" if shards.index["simulated"] else ""
         progress.say(
             f"{len(shards):,} windows of {shards.h} x {shards.w} x {shards.m}{simulated}, "
@@ -359,7 +307,7 @@ def run(
             done = train(objective, optimizer, shards, val, cfg, ranks, progress, state, save, asked)
         except torch.OutOfMemoryError as error:
             there_is = torch.cuda.mem_get_info(ranks.device)[1]
-            raise budget.too_little(cost, share, there_is, ranks.device) from error
+            raise budget.too_little(cost, part, cfg.accumulate, there_is, ranks.device) from error
         if not done:
             progress.say(f"asked to stop: saved step {state['step']}; the same command goes on from there")
         elif ranks.first:
@@ -367,12 +315,14 @@ def run(
         return done
 
 
-def start(out: Path, identity: dict, cfg: TrainConfig, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
+def start(
+    out: Path, identity: dict, snapshots: Snapshots, cfg: TrainConfig, ranks: Ranks
+) -> tuple[dict, dict[str, np.ndarray]]:
     """The state that the run goes on from and the tensors of its latest snapshot (none where it begins).
 
     The first rank reads it for all, which need not share its disk, and clears the folder of an earlier model.
     """
-    content, damaged, snapshots = b"", [], Snapshots(out / "snapshots", cfg.keep)
+    content, damaged = b"", []
     if ranks.first:
         if cfg.resume == "never":
             snapshots.remove()
@@ -397,21 +347,17 @@ def write_model(
     """The model folder (docs/format.md), its weights last; then the snapshots go."""
     weights = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
     if not all(np.isfinite(weight).all() for weight in weights.values()):  # the last step may have made them so
-        found = f"weights that are not finite after step {state['step']}"
-        raise NonFiniteLoss(out, found=found, expected="finite numbers", next_step=TAME)
-    best = state["best"]
-    if not at_most(best, progress.scores or {"masked_mse": -math.inf}):
-        best = None
-    write_whole(out / "config.json", as_json(facts))
+        raise NonFiniteLoss(out, f"weights that are not finite after step {state['step']}", "finite numbers")
+    write_whole(out / "config.json", (json.dumps(facts, indent=2, allow_nan=False) + "\n").encode())
     write_whole(out / "genes.tsv", (shards.folder / shards.index["genes"]["file"]).read_bytes())
     if model.cfg.gene_embeddings == "components":
         write_whole(out / "components.safetensors", shards.components.read_bytes())
     write_whole(out / "curve.svg", curve(progress.lines(), shards.index["simulated"]))
     write_whole(out / "README.md", model_card(facts, progress.scores, sum(w.size for w in weights.values())).encode())
-    if best:
+    best = state["best"]
+    if at_most(best, progress.scores) and (content := snapshots.read(best["step"])):
         progress.say(f"held-out error was lowest at step {best['step']}: best.safetensors")
-        _, tensors = unpack(snapshots.file(best["step"]).read_bytes(), snapshots.file(best["step"]))
-        part = {name.removeprefix("model."): array for name, array in tensors.items() if name.startswith("model.")}
+        part = {name.removeprefix("model."): x for name, x in content[1].items() if name.startswith("model.")}
         write_whole(out / "best.safetensors", as_safetensors(part, {"format": "pt", "step": str(best["step"])}))
     write_whole(out / "model.safetensors", as_safetensors(weights, {"format": "pt"}))
     snapshots.remove()
@@ -423,13 +369,12 @@ def open_shards(address: str, val_address: str | None, reader: str) -> tuple[Spl
     kind = {"mmap": Shards, "webdataset": Stream}[reader]
     shards = kind(address)
     if not len(shards):
-        next_step = "admit slices of split `train` and rebuild"
-        raise ConfigError(address, found="no windows", expected="some to train on", next_step=next_step)
+        raise ConfigError(address, "no windows", "some to train on", "admit slices of split `train` and rebuild")
     sibling = Path(address).resolve().parent / "val"
-    if val_address is None and sibling.is_dir():
-        val_address = str(sibling)
-    val = kind(val_address) if val_address else None
-    if val is None or not len(val):
+    if val_address is None and not sibling.is_dir():
+        return shards, None
+    val = kind(val_address or sibling)
+    if not len(val):
         return shards, None
     shards.check_matches(val)
     return shards, val
@@ -439,9 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.pretrain", description="Flags win over the config file, the file over the defaults."
     )
-    parser.add_argument(
-        "--shards", required=True, metavar="DIR", help="shards to train on (or the URL of their folder)"
-    )
+    parser.add_argument("--shards", required=True, metavar="DIR", help="shards to train on (or the folder's URL)")
     parser.add_argument("--val-shards", metavar="DIR", help="held-out shards (default: `val` beside a folder --shards)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model folder to write")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of the knobs below (underscores)")

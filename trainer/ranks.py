@@ -47,11 +47,6 @@ class Ranks:
         """Whether this rank writes and prints; the others only count."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Until the device has done all it was told."""
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
-
     def add(self, tensor: Tensor) -> None:
         """Sum a tensor over all ranks, in place. A rank that is lost ends the others here."""
         if self.number > 1:
@@ -79,29 +74,25 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            problem = " ".join(str(error).split())[:200]
-            next_step = "see what the other ranks said; the same command goes on from the last snapshot"
-            raise RankLost(f"rank {self.rank}", found=problem, expected="all ranks", next_step=next_step) from error
+            raise RankLost(f"rank {self.rank}", " ".join(str(error).split())[:200], "all ranks") from error
 
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """This process among those that torchrun started; ``device`` as the flag has it."""
-    number = int(os.environ.get("WORLD_SIZE", "1"))
-    if number == 1:
-        yield Ranks(pick_device(device))
-        return
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rank, number, local, here = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
     chosen = pick_device(device)
+    if number == 1:
+        yield Ranks(chosen)
+        return
     if chosen.type == "cuda":
         if chosen.index is not None or local >= torch.cuda.device_count():
-            found, expected = (
-                f"device {device} for rank {local} here",
-                f"one of {torch.cuda.device_count()} GPUs a rank",
-            )
+            expected = f"one of {torch.cuda.device_count()} GPUs a rank"
             next_step = "leave --device to itself, or lower --nproc-per-node"
-            raise ConfigError("torchrun", found=found, expected=expected, next_step=next_step)
+            raise ConfigError("torchrun", f"device {device} for rank {local} here", expected, next_step)
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -111,17 +102,14 @@ def joined(device: str) -> Iterator[Ranks]:
 
 def pick_device(name: str) -> torch.device:
     """The device of this name; ``auto`` is the first GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    next_step = "change --device, or `device` in the config file"
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        expected = "auto, cpu, cuda or cuda:N"
-        raise ConfigError("training", found=f"device {name}", expected=expected, next_step=next_step) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        expected = "a device that this machine has (torch finds no GPU)"
-        raise ConfigError("training", found=f"device {name}", expected=expected, next_step=next_step)
+        device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(name, name))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError
+    except RuntimeError:
+        expected = "auto, or a device that this machine has: cpu" + ", cuda or cuda:N" * torch.cuda.is_available()
+        next_step = "change --device, or `device` in the config file"
+        raise ConfigError("settings", f"device {name}", expected, next_step) from None
     return device
 
 
@@ -129,9 +117,8 @@ class Asked:
     """Whether SIGTERM or SIGUSR1 (a scheduler's preemption) has come, while it is open."""
 
     def __enter__(self) -> Asked:
-        self.to_stop, self.before = False, {}
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self.before[number] = signal.signal(number, self._note)
+        self.to_stop = False
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -162,6 +149,13 @@ class Sums:
             self.stop.fill_(1)
         self.ranks.add(self.buffer)
         self.gradients.div_(self.loss[1].clamp(min=1))
+
+    def clip(self, largest: float) -> Tensor:
+        """Scale the gradients so that their norm is at most this (0: any); whether loss and gradients are finite, bool []."""
+        norm = torch.linalg.vector_norm(self.gradients)
+        if largest:
+            self.gradients.mul_((largest / (norm + 1e-6)).clamp(max=1))
+        return norm.isfinite() & self.loss.isfinite().all()
 
     def asked_to_stop(self, asked: Asked, due: bool) -> bool:
         """Whether any rank was, the same answer on all; ranks on GPUs look only where they wait anyway (``due``)."""

@@ -1,11 +1,4 @@
-"""The unit of training: what a site's feature is made of besides the site itself.
-
-=============  ============================================================================================
-``patch``      every observed site of the window, by attention (Eq. 8; in ``model.py``)
-``spot``       nothing: a site sees only itself (Eq. 2)
-``multispot``  the weighted mean of its own feature and those of its nearest observed sites (Eq. 3), here
-``slice``      the mean of its own feature and that of its macro-domain (Eq. 4), here
-=============  ============================================================================================
+"""What a site's feature is made of besides the site itself, in the units multispot (Eq. 3) and slice (Eq. 4).
 
 The paper leaves open how neighbours weigh and how domains are found. Here a neighbour at a distance of r pitches
 has the weight 1 / (1 + r), and domains are k-means clusters of what the sites show, without a random draw.
@@ -19,7 +12,6 @@ from torch.nn import functional as F
 
 from trainer.data import LAYOUTS
 
-UNITS = ("patch", "spot", "multispot", "slice")
 ROUNDS = 10  # of Lloyd's iteration
 FAR = 2**62
 AT_ONCE = 2**24  # pairs of sites: bounds the memory
@@ -28,17 +20,9 @@ AT_ONCE = 2**24  # pairs of sites: bounds the memory
 def lattice_places(rows: Tensor, cols: Tensor, layouts: Tensor, observed: Tensor) -> Tensor:
     """Where the sites of windows lie on the capture lattice, y and x in pitches: float64 [B, S, 2].
 
-    Never from ranks: a grid closes the gap where a whole row is missing. Beside `offset`, staggered lattices are
-    known by their observed sites, which all have row + column even, or all odd.
-
-    Parameters
-    ----------
-    rows, cols
-        int [B, h], [B, w]: the lattice lines of a sample's JSON, -1 in padding.
-    layouts
-        int [B]: rows of ``LAYOUTS``.
-    observed
-        bool [B, S], S = h * w.
+    From ``rows`` [B, h] and ``cols`` [B, w], lattice lines (-1 in padding), never from ranks: a grid closes the gap where a
+    whole row is missing. ``layouts`` [B] are places in LAYOUTS; beside `offset`, staggered lattices are known by their
+    ``observed`` [B, S] sites, which all have row + column even, or all odd.
     """
     shape = (len(rows), rows.shape[1], cols.shape[1])
     row = rows.double()[:, :, None].expand(shape).flatten(1)  # [B, S]
@@ -88,27 +72,22 @@ def mean_with_domain(features: Tensor, domain: Tensor, observed: Tensor, n_domai
 def macro_domains(x: Tensor, observed: Tensor, n_domains: int) -> Tensor:
     """k-means clusters of the observed sites: int64 [B, S]; unobserved sites get the nearest, which they don't move.
 
-    Deterministic: the centres start at observed sites evenly spread over the grid's order, ties go to the first
-    cluster, and a cluster that loses all of its sites keeps its centre.
-
-    Parameters
-    ----------
-    x
-        float [B, S, d]: what the sites show.
+    Of ``x`` [B, S, d], what the sites show. Deterministic: the centres start at observed sites evenly spread over the grid's
+    order, ties go to the first cluster, and a cluster that loses all of its sites keeps its centre.
     """
+
+    def nearest() -> Tensor:
+        return (centres.square().sum(2)[:, None, :] - 2 * x @ centres.transpose(1, 2)).argmin(2)
+
     with torch.autocast(x.device.type, enabled=False):  # rounded distances would move sites between clusters
         x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         ranks = (torch.arange(n_domains, device=x.device) + 0.5) / n_domains * observed.sum(1, keepdim=True)
         start = (~observed).int().argsort(dim=1, stable=True).gather(1, ranks.long().clamp(max=x.shape[1] - 1))
         centres = x.gather(1, start[:, :, None].expand(-1, -1, x.shape[2]))  # [B, n_domains, d]
         for _ in range(ROUNDS):
-            member = F.one_hot(_nearest(x, centres), n_domains).to(x.dtype) * observed[:, :, None]
+            member = F.one_hot(nearest(), n_domains).to(x.dtype) * observed[:, :, None]
             centres = torch.where((member.sum(1) > 0)[:, :, None], _means(member, x), centres)
-        return _nearest(x, centres)
-
-
-def _nearest(x: Tensor, centres: Tensor) -> Tensor:
-    return (centres.square().sum(2)[:, None, :] - 2 * x @ centres.transpose(1, 2)).argmin(2)
+        return nearest()
 
 
 def _means(member: Tensor, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # optimizers import it, which takes seconds: once here, not in every run
 
 from trainer import pretrain
 

@@ -139,7 +139,8 @@ def test_distances_between_sites_are_those_of_the_spots_on_the_slide(kind, layou
     rows = [{"slice": "tiny", "source": "simulated", "organism": "human", "donor": "d"}]
     write_shards(tmp_path / "train", [pack], tmp_path / "genes.tsv", split="train", rows=rows, settings=SETTINGS)
     reader = Shards(tmp_path / "train")
-    batch = reader.read(np.arange(10), np.arange(10), 0, coordinates=True)
+    reader.coordinates = True
+    batch = reader.read(np.arange(10), np.arange(10), 0)
     observed = batch.totals.flatten(1) > 0
     places = lattice_places(batch.rows, batch.cols, batch.layouts, observed).numpy()
     windows = {window.number: window for window in draw_windows(field, **{**DRAW, "min_observed": 0.3})}
@@ -176,7 +177,7 @@ def test_a_window_larger_than_its_slice_holds_it_whole_for_the_unit_slice(built,
     assert (batch.totals > 0).sum((1, 2)).tolist() == n_spots
     knobs = {"unit": "slice", "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2}
     model = build(ModelConfig(n_genes=70, m=16, h=height, w=width, **knobs), reader.vocabulary, 0)
-    loss, number = Objective(model, reader.index, reader.vocabulary, ObjectiveConfig(seed=0))(batch).tolist()
+    loss, number = Objective(model, reader.index["target_sum"], ObjectiveConfig(seed=0))(batch).tolist()
     assert number == pytest.approx(0.3 * 16 * sum(n_spots), rel=0.1)
     assert 0 < loss / number < 10
 

@@ -110,14 +110,15 @@ def test_the_state_is_the_number_of_samples_consumed(shards, workers):
 
 def test_coordinates_come_with_the_batch_where_they_are_asked_for(shards):
     reader = Shards(shards / "train")
-    batch = reader.read(np.array([3, 90]), np.arange(2), 0, coordinates=True)
+    assert reader.read(np.array([3]), np.arange(1), 0).rows is None
+    reader.coordinates = True
+    batch = reader.read(np.array([3, 90]), np.arange(2), 0)
     for i, row in enumerate((3, 90)):
-        facts = json.loads(bytes(reader._member(reader.samples[row], "json")))
+        facts = json.loads(bytes(reader.member(row, "json")))
         assert batch.rows[i].tolist() == [y + (facts["y"] + facts["x"]) % 2 for y in facts["array_rows"]]
         assert batch.cols[i].tolist() == facts["array_cols"]
     assert batch.layouts.tolist() == [0, 0]
     assert batch.rows.dtype == batch.cols.dtype == torch.int32
-    assert reader.read(np.array([3]), np.arange(1), 0).rows is None
 
 
 def test_rows_count_one_more_on_an_odd_lattice_and_padding_stays():
@@ -212,6 +213,20 @@ def test_an_index_that_lacks_a_fact_is_refused(copy, key):
         Shards(copy)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"m": "many"}, {"h": 0}, {"n_samples": None}, {"target_sum": -1}, {"shards": 3}, {"slices": ["a"]}, {"genes": {}},
+     {"shards": [{"name": "a.tar", "samples": 0, "bytes": 0, "sha256": ""}]}],
+)  # fmt: skip
+def test_an_index_of_another_shape_is_refused(copy, changes):
+    rewrite_index(copy, **changes)
+    with pytest.raises(DamagedShards, match="index.json: found .*; expected"):
+        Shards(copy)
+    (copy / "index.json").write_text("[]")
+    with pytest.raises(DamagedShards, match="index.json: found .*; expected"):
+        Shards(copy)
+
+
 def test_the_facts_tell_layout_and_pitch_of_every_slice(shards):
     facts = Shards(shards / "train").facts()
     assert (facts["layout"], facts["pitch_um"], facts["allow_contamination"]) == ("auto", 100, False)
@@ -248,7 +263,25 @@ def test_splits_of_two_vocabularies_do_not_go_together(copy, shards):
     Shards(shards / "train").check_matches(Shards(shards / "val"))
 
 
-def test_a_vocabulary_of_another_version_is_refused(tmp_path):
-    (tmp_path / "genes.tsv").write_text("# stpatch genes 7\nindex\tgene_id\tmean\n")
-    with pytest.raises(DamagedShards, match="genes 7"):
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("7\nindex\tgene_id\tmean\n", "genes 7"), ("1\nindex\tgene_id\n0\ta\n", "mean"), ("1\nindex\tmean\n0\tx\n", "'x'"),
+     ("1\nindex\tgene_id\tmean\n0\n", "float")],
+)  # fmt: skip
+def test_a_vocabulary_of_another_version_or_cut_is_refused(tmp_path, text, found):
+    (tmp_path / "genes.tsv").write_text(f"# stpatch genes {text}")
+    with pytest.raises(DamagedShards, match=f"genes.tsv: found .*{found}.*; expected a vocabulary"):
         Vocabulary.read(tmp_path / "genes.tsv")
+
+
+def test_a_sample_of_a_shard_or_slice_that_is_not_there_is_refused(copy):
+    """Before a table is made that would have a place for each."""
+    for name in ("shard", "slice"):
+        samples = np.load(copy / "samples.npy")
+        samples[name][3] = 2**32 - 1
+        np.save(copy / "samples.npy", samples)
+        rehash(copy, "samples")
+        with pytest.raises(DamagedShards, match=f"samples.npy: found {name} 4294967295; expected less than"):
+            Shards(copy)
+        samples[name][3] = 0
+        np.save(copy / "samples.npy", samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 
@@ -153,7 +154,7 @@ def test_a_cell_outside_the_grid_is_refused(slices, genes_tsv, tmp_path, wrong):
 
 @pytest.mark.parametrize(
     ("cell", "problem"),
-    [(np.zeros(7, np.uint8), "7 bytes; expected a multiple of 4 bytes"), (np.zeros(0, np.int32), "not decode")],
+    [(np.zeros(7, np.uint8), "7 bytes in [0-9]+; expected 4 bytes"), (np.zeros(0, np.int32), "0 bytes in")],
 )
 def test_cells_that_are_no_numbers_are_refused(slices, genes_tsv, tmp_path, cell, problem):
     _, counts, totals, _, _ = slices["usual"]
@@ -168,7 +169,11 @@ def test_a_layout_or_pitch_that_the_model_was_not_trained_on_is_told_once(
     file, counts, totals, cell, _ = slices["small"]
     run(model_folder, tmp_path / "x.safetensors", file)
     assert capsys.readouterr().err == ""
-    for facts, mine in (({"layout": "bin"}, "bin at 100 um"), ({"pitch_um": 200.0}, "offset at 200 um")):
+    for facts, mine in (
+        ({"layout": "bin"}, "bin at 100 um"),
+        ({"pitch_um": 200.0}, "offset at 200 um"),
+        ({"pitch_um": None}, "offset at an unknown pitch"),
+    ):
         other = corpus.write_whole(tmp_path / "other.tar", counts, totals, cell, genes_tsv, **facts)
         run(model_folder, tmp_path / "x.safetensors", other)
         assert capsys.readouterr().err == (
@@ -271,6 +276,23 @@ def test_a_slice_of_another_vocabulary_or_normalisation_is_refused(
     file = corpus.write_whole(tmp_path / "scaled.tar", counts, totals, cell, genes_tsv)
     with pytest.raises(VocabularyMismatch, match="scaled.tar: found target_sum 1000000.0; expected 10000.0"):
         embed.read_for(config, file)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"slice": "../../x"}, {"slice": 7}, {"m": 10**12}, {"m": "many"}, {"h": -1}, {"format_version": 2}]
+)
+def test_a_hostile_slice_is_refused(slices, genes_tsv, tmp_path, wrong):
+    """Its name becomes that of a file; its sizes are to be those of what it holds, before memory is taken for them."""
+    _, counts, totals, cell, _ = slices["small"]
+    file = corpus.write_whole(tmp_path / "evil.tar", counts, totals, cell, genes_tsv, **wrong)
+    with pytest.raises(DamagedShards, match="evil.tar.*: found .*; expected"):
+        embed.WholeSlice.read(file)
+
+
+def test_a_compressed_slice_is_refused_before_it_is_unpacked(slices, tmp_path):
+    (tmp_path / "small.tar").write_bytes(gzip.compress(slices["small"][0].read_bytes()))
+    with pytest.raises(DamagedShards, match="small.tar: found ReadError"):
+        embed.WholeSlice.read(tmp_path / "small.tar")
 
 
 def test_a_damaged_slice_is_named(slices, tmp_path):

@@ -7,9 +7,11 @@ import hashlib
 import json
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
 from itertools import islice
 from pathlib import Path
 
@@ -265,6 +267,21 @@ def test_shards_on_a_web_server_train_the_model_that_the_same_folder_does(shards
     web, local = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("web", "folder"))
     assert web == local
     assert json.loads((tmp_path / "web/config.json").read_text())["train"]["reader"] == "webdataset"
+
+
+def test_a_server_that_speaks_nonsense_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            with listener.accept()[0] as caller:
+                caller.recv(1000)
+                caller.sendall(b"good morning\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(DamagedShards, match="index.json: found good morning; expected the file"):
+            Stream(f"http://127.0.0.1:{listener.getsockname()[1]}/train")
+        thread.join()
 
 
 def test_a_server_that_sends_elsewhere_or_less_is_refused(shards, server):

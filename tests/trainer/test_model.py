@@ -15,7 +15,6 @@ from trainer.data import Vocabulary
 from trainer.errors import ConfigError, VocabularyMismatch
 from trainer.expression import expected_log_normalised, log_normalise
 from trainer.model import ModelConfig, attended, build, position_encoding, rotate, rotation
-from trainer.units import UNITS
 
 CFG = ModelConfig(
     n_genes=11, m=5, h=2, w=3, width=8, depth=1, heads=2, feed_forward=12, decoder_width=8, decoder_depth=1,
@@ -24,7 +23,7 @@ CFG = ModelConfig(
 
 
 MEANS = np.linspace(0.1, 1.2, CFG.n_genes)
-VARIANTS = {unit: {"unit": unit} for unit in UNITS} | {
+VARIANTS = {unit: {"unit": unit} for unit in ("patch", "spot", "multispot", "slice")} | {
     "centred": {"inputs": "centred"},
     "standardised": {"inputs": "standardised", "unit": "slice"},
     "relative": {"positions": "relative", "heads": 2, "width": 8},

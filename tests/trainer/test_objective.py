@@ -40,7 +40,7 @@ def make(mask_sites: float = 0.0, double: bool = True, moved: float = 0.1, **kno
         for weight in model.parameters():
             weight += moved * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
     cfg = ObjectiveConfig(seed=5, mask_ratio=0.4, mask_sites=mask_sites)
-    objective = Objective(model, {"target_sum": TARGET_SUM}, VOCABULARY, cfg)
+    objective = Objective(model, TARGET_SUM, cfg)
     return objective.double() if double else objective
 
 
@@ -222,5 +222,7 @@ def test_whole_sites_are_hidden_beside_single_entries(batch):
 
 @pytest.mark.parametrize("wrong", [{"mask_ratio": 0.0}, {"mask_ratio": 1.0}, {"mask_sites": -0.1}, {"mask_sites": 1.0}])
 def test_a_mask_that_hides_nothing_or_all_is_refused(wrong):
-    with pytest.raises(ConfigError, match="mask_ratio .*, mask_sites .*expected between 0 and 1"):
+    with pytest.raises(
+        ConfigError, match="found mask_(ratio|sites) .*expected (at least 0, and below 1|one of them above 0)"
+    ):
         ObjectiveConfig(seed=0, **wrong)

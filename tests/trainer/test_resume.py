@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from tests.trainer.processes import Job
 from trainer import pretrain, snapshots
+from trainer.errors import DamagedSnapshot
 from trainer.files import sha256
 from trainer.snapshots import Snapshots
 
@@ -196,6 +197,35 @@ def test_the_last_snapshots_and_the_best_are_kept(shards, tmp_path, monkeypatch)
     assert best.keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_snapshot_of_the_best_weights_does_not_keep_the_run_from_its_end(
+    shards, tmp_path, monkeypatch, capsys, damage
+):
+    errors = iter([1.0, 0.1, *[0.5] * 10])
+    monkeypatch.setattr(
+        pretrain, "validate", lambda *_: {"masked_mse": next(errors), "gene_mean_mse": 1.0, "n_windows": 1}
+    )
+    save = Snapshots.save
+
+    def save_and_damage(self, *content):
+        save(self, *content)
+        if self.steps()[-1] > 2:
+            self.file(2).unlink(missing_ok=True) if damage == "gone" else self.file(2).write_bytes(b"half")
+
+    monkeypatch.setattr(Snapshots, "save", save_and_damage)
+    pretrain_in(tmp_path, shards, "--val-every", 2, "--snapshot-every", 3)
+    assert (tmp_path / "model.safetensors").exists()
+    assert not (tmp_path / "best.safetensors").exists()
+    assert "00000002.safetensors" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_of_a_snapshot_goes_with_the_others(shards, tmp_path):
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / "00000007.safetensors.part").write_bytes(b"half")
+    pretrain_in(tmp_path, shards)
+    assert not (tmp_path / "snapshots").exists()
+
+
 def test_a_model_whose_last_validation_is_its_best_has_no_other(whole):
     assert not (whole / "best.safetensors").exists()
 
@@ -207,6 +237,13 @@ def test_a_snapshot_holds_no_pickle_and_all_that_was_put_in(tmp_path):
     assert back == state
     assert all(np.array_equal(arrays[name], tensors[name]) for name in tensors)
     assert content[8:9] == b"{"
+
+
+@pytest.mark.parametrize("metadata", ["{}", "[]", '{"sha256": "", "state": "{}"}', "[" * 100_000])
+def test_what_is_no_snapshot_is_called_damaged(tmp_path, metadata):
+    header = f'{{"__metadata__": {metadata}}}'.encode()
+    with pytest.raises(DamagedSnapshot, match="found .*expected a whole snapshot"):
+        snapshots.unpack(len(header).to_bytes(8, "little") + header, tmp_path)
 
 
 def test_twenty_random_kills_end_at_the_same_weights(shards, tmp_path):
