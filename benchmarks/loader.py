@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -49,7 +50,7 @@ M, H, W = 512, 16, 16
 
 def decode(sample: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Counts, genes and totals of a sample, as docs/format.md has it."""
-    facts = json.loads(sample["json"])
+    facts = json.loads(bytes(sample["json"]))
     m, h, w = facts["m"], facts["h"], facts["w"]
     sites = blosc.decompress(sample["sites.blosc"])
     counts = np.frombuffer(blosc.decompress(sample["counts.blosc"]), "<u2").reshape(m, h, w)
@@ -78,7 +79,7 @@ class Sides:
         self.genes, self.totals = batch.genes.numpy(), batch.totals.numpy()
         np.save(folder / "raw.npy", batch.counts.numpy())
         self.members = [
-            tuple(bytes(shards._member(sample, part)) for part in ("counts", "sites")) for sample in shards.samples
+            tuple(bytes(shards.member(row, part)) for part in ("counts", "sites")) for row in range(len(shards))
         ]
 
     def raw(self) -> Iterator:
@@ -125,10 +126,7 @@ class Sides:
     def litdata(self, workers: int) -> Iterator:
         import litdata
 
-        def read(sample: dict) -> tuple[torch.Tensor, ...]:
-            return tuple(map(torch.from_numpy, decode({k.replace("_", "."): v for k, v in sample.items()})))
-
-        dataset = litdata.StreamingDataset(str(self.folder / "litdata"), shuffle=True, transform=read)
+        dataset = litdata.StreamingDataset(str(self.folder / "litdata"), shuffle=True, transform=from_chunk)
         yield from litdata.StreamingDataLoader(dataset, batch_size=B, num_workers=workers)
 
     def zarr(self) -> Iterator:
@@ -168,6 +166,16 @@ class Sides:
         return batched(samples())
 
 
+def from_chunk(sample: dict) -> tuple[torch.Tensor, ...]:
+    """A sample of litdata's, whose names have no dots."""
+    return tuple(map(torch.from_numpy, decode({name.replace("_", "."): part for name, part in sample.items()})))
+
+
+def as_it_is(sample: dict) -> dict:
+    """litdata hands each sample to a function, in a process of its own."""
+    return sample
+
+
 def write_litdata(sides: Sides) -> str | None:
     """Rewrite the samples as litdata chunks; why not, where it can't be."""
     try:
@@ -184,7 +192,7 @@ def write_litdata(sides: Sides) -> str | None:
                 samples[-1][part.replace(".", "_")] = tar.extractfile(member).read()
     with warnings.catch_warnings(action="ignore"):
         litdata.optimize(
-            fn=lambda sample: sample,
+            fn=as_it_is,
             inputs=samples,
             output_dir=str(sides.folder / "litdata"),
             chunk_bytes="64MB",
@@ -245,6 +253,8 @@ def main() -> None:
         grid = build(folder, adata, args.windows, args.codec, shard_mb=16)
         sides = Sides(folder, curated, args.codec)
         no_litdata = write_litdata(sides)
+        multiprocessing.set_start_method("fork", force=True)  # litdata changes it for everybody
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
         n, few = args.windows, 2 * B
         tar_bytes = folder_bytes(*sides.tars)
