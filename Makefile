@@ -1,6 +1,7 @@
 # make setup   .venv with pinned dependencies
 # make demo    the whole main job on simulated slices, offline, minutes on two cores
 # make test    lint, format check, snakemake --lint, all tests
+# make test-slurm  the cluster profile on a SLURM of two nodes on this machine (as root, Debian's packages)
 # make test-validator  the public CELLXGENE validator on a simulated file
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ CORES ?= all
 VALIDATOR := 7.1.2
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup demo test test-validator lint format clean
+.PHONY: help setup demo test test-slurm test-validator lint format clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -44,6 +45,11 @@ format: setup
 
 test: lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slurm"
+
+# Where SLURM can't be had the tests are skipped, and say why.
+test-slurm: setup
+	@tests/slurm/install.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slurm tests/slurm
 
 # The validator's pins clash with ours.
 .venv-validator/.ready:

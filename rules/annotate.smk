@@ -16,6 +16,6 @@ rule annotate:
     conda:
         "../envs/eval.yaml"
     resources:
-        mem_mb=4000,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
     script:
         "../workflow/annotate.py"

@@ -23,7 +23,7 @@ rule embed:
         "../envs/train.yaml"
     threads: 2
     resources:
-        mem_mb=4000,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
         gpu=1,
     params:
         folder=lambda w, input: Path(input.weights).parent,

@@ -26,7 +26,7 @@ rule score:
     conda:
         "../envs/eval.yaml"
     resources:
-        mem_mb=8000,
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
     params:
         heads=config["evaluate"]["heads"],
         protocols=config["evaluate"]["protocols"],
@@ -48,6 +48,6 @@ rule evaluate:
     conda:
         "../envs/eval.yaml"
     resources:
-        mem_mb=1000,
+        mem_mb=lambda wildcards, attempt: 1000 * attempt,
     script:
         "../workflow/evaluate.py"
