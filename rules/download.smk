@@ -7,7 +7,15 @@ Beside it: resources/lock/{slice}.tsv, what each file was when it was first seen
 slices take members from.
 """
 
-from workflow.sources import AT_ONCE, AT_ONCE_NCBI, REMOTE_SOURCES, concerning, host_resource, hosts_of
+from workflow.sources import (
+    AT_ONCE,
+    AT_ONCE_NCBI,
+    REMOTE_SOURCES,
+    concerning,
+    host_resource,
+    hosts_of,
+    taken_from,
+)
 
 # slice -> the resources that its hosts are
 REMOTE_SLICES = {
@@ -23,10 +31,6 @@ for name in HOST_RESOURCES:
         workflow.register_resource(name, AT_ONCE_NCBI if name == "from_ncbi" else AT_ONCE)
 
 
-def taken_from(resource):
-    return lambda wildcards: int(resource in REMOTE_SLICES[wildcards.slice])
-
-
 rule download:
     output:
         "resources/download/{slice}/files.json",
@@ -38,7 +42,7 @@ rule download:
         "../envs/data.yaml"
     threads: 1
     resources:
-        **{name: taken_from(name) for name in HOST_RESOURCES},
+        **{name: taken_from(name, REMOTE_SLICES) for name in HOST_RESOURCES},
         mem_mb=500,
         downloads=1,
     params:

@@ -4,6 +4,8 @@ In: slices, grids, shards, the model's `metrics.jsonl`, the tables of `admit` an
 Out: `<results>/report/*`, `<results>/report.html`.
 """
 
+from workflow.guard import kept_although
+
 MAX_PANELS = 24  # slices that get four panels of their own; the captions say so
 MAX_OVERVIEW = 60  # rows of the overview figures
 
@@ -192,16 +194,9 @@ rule report:
         "../workflow/report.py"
 
 
-def contaminated():
-    """Pretraining slices that admission kept although they match an evaluation slice; known once it has run."""
-    notes = Path(config["results"]) / "curate/notes.tsv"
-    lines = notes.read_text().splitlines()[2:] if notes.exists() else []
-    return sorted({name for name, kind, _ in (line.split("\t") for line in lines) if kind == "contamination"})
-
-
 # The start page's template sees nothing but the config. A copy: the rules' params keep the user's own.
 config = {
     **config,
     "simulated": any(row["source"] == "simulated" for row in ROLES),
-    "contaminated": contaminated(),
+    "contaminated": kept_although(Path(config["results"]) / "curate/notes.tsv"),
 }

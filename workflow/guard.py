@@ -48,6 +48,12 @@ def barred(roles: list[dict[str, str]], ids: list[dict[str, str]]) -> dict[str, 
     return found
 
 
+def kept_although(notes: Path) -> list[str]:
+    """Pretraining slices that admission kept although they match an evaluation slice; none before it has run."""
+    lines = notes.read_text().splitlines()[2:] if notes.exists() else []
+    return sorted({name for name, kind, _ in (line.split("\t") for line in lines) if kind == "contamination"})
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Add the fingerprints of curated evaluation slices to the shipped table."""
     parser = argparse.ArgumentParser(prog="python -m workflow.guard", description=main.__doc__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -96,3 +97,8 @@ def concerning(row: dict[str, str], by_host: dict) -> dict:
     """The entries of a mapping from hosts or ``https://host`` that concern a row: others must not rerun its download."""
     hosts = hosts_of(row) if by_host else []
     return {at: value for at, value in by_host.items() if (urlsplit(at).hostname or at) in hosts}
+
+
+def taken_from(resource: str, remote: dict[str, set[str]]) -> Callable[..., int]:
+    """How much of a host's resource the download of a slice takes: a function of the wildcards, for the rule."""
+    return lambda wildcards: int(resource in remote[wildcards.slice])
