@@ -82,7 +82,7 @@ def settings(file: Path | None, flags: dict[str, str | None], *classes: type) ->
 def _read(file: Path, known: dict[str, dataclasses.Field]) -> dict[str, object]:
     try:
         content = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(file, " ".join(str(error).split()), "a YAML file", "check --config") from error
     if not isinstance(content, dict):
         raise ConfigError(file, type(content).__name__, "`knob: value` lines", "rewrite it")

@@ -72,7 +72,7 @@ class Vocabulary:
                 raise ValueError("gaps in `index`")
             mean, variance = (np.array([float(row[name]) for row in rows]) for name in ("mean", "variance"))
             return cls([row["gene_id"] for row in rows], mean, variance, sha256(file))
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
             expected = f"a vocabulary, beginning '# stpatch genes {FORMAT_VERSION}'"
             raise DamagedShards(file, str(error) or type(error).__name__, expected) from error
 
@@ -225,7 +225,7 @@ class Split:
                     found = lattice_lines(json.loads(bytes(self.member(sample, "json"))))
                     for part, line in zip(lines, found, strict=True):
                         arrays[part][i] = line
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise DamagedShards(name, f"{type(error).__name__}: {error}", "a sample's coordinates") from error
         positions = torch.tensor(positions, pin_memory=self.pinned)
         return Batch(**tensors, positions=positions, epoch=torch.tensor(epoch, pin_memory=self.pinned))
@@ -411,6 +411,6 @@ def _read_index(file: Path) -> dict:
             raise DamagedShards(file, "hashes of another kind", "text")
     except DamagedShards:
         raise
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DamagedShards(file, f"{type(error).__name__}: {error}", "the index of a split") from error
     return index

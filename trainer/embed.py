@@ -66,7 +66,7 @@ class WholeSlice:
                 raise ValueError(f"format_version {facts.get('format_version')}, not {SHARDS_VERSION}")
             if not all(type(size) is int and size > 0 for size in (m, h, w)):
                 raise ValueError(f"{m} genes of {h} x {w} cells")
-        except (OSError, tarfile.TarError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, tarfile.TarError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             found = f"{type(error).__name__}: {error}"
             raise DamagedShards(file, found, f"a whole slice in a tar, version {SHARDS_VERSION}") from error
         counts = decode(counts, f"{file}, counts", "<u2", m * h * w).reshape(m, h, w)

@@ -301,7 +301,7 @@ def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder
         cfg, trained_with = ModelConfig(**config["model"]), config["data"]["genes"]["sha256"]
     except ConfigError:
         raise
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         next_step = "name the folder that trainer.pretrain wrote; where it is of another version, update stpatch"
         raise ConfigError(folder, error, "a model folder", next_step) from error
     vocabulary = Vocabulary.read(folder / "genes.tsv")

@@ -72,7 +72,17 @@ def columns() -> list[str]:
 
 
 def load_catalogue(path: str | Path) -> list[dict[str, str]]:
-    """Rows of one table of slices, checked.
+    """Rows of one table of slices, checked (`_load`)."""
+    try:
+        return _load(Path(path))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CatalogueError(
+            f"catalogue {path}: found {error}; expected tab-separated text in UTF-8. Next step: save it as such."
+        ) from error
+
+
+def _load(path: Path) -> list[dict[str, str]]:
+    """The rows.
 
     Raises
     ------
@@ -80,7 +90,6 @@ def load_catalogue(path: str | Path) -> list[dict[str, str]]:
         Missing table, wrong header, a row that breaks the schema (named by line and column), an address that cannot be read
         (`workflow.locators.parse`), or a slice listed twice.
     """
-    path = Path(path)
     if not path.is_file():
         raise CatalogueError(
             f"catalogue {path}: no such file. Next step: check `catalogue` and `downstream` in the config."

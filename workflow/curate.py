@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from workflow.child import confined
 from workflow.errors import (
     CountOverflow,
     EmptySlice,
@@ -22,8 +23,10 @@ from workflow.errors import (
     MultipleOrganisms,
     MultipleSections,
     NoLattice,
-    NotCounts,
+    NoTissue,
+    PositionsMismatch,
     SliceError,
+    SwappedAxes,
     UnknownGenes,
     Unreadable,
     WrongOrganism,
@@ -33,7 +36,7 @@ from workflow.keys import Keys
 from workflow.labels import spot_labels
 from workflow.lattice import VISIUM_PITCH_UM, Lattice, infer_lattice, known_lattice
 from workflow.readers import Deposit, read_deposit
-from workflow.readers.deposit import why_not_counts
+from workflow.readers.deposit import FARTHEST_PIXEL, refuse_far, why_not_counts
 from workflow.sources import files_at, sha256_of
 
 logger = logging.getLogger("curate")
@@ -141,26 +144,36 @@ def raw_counts(name: str, deposit: Deposit) -> sparse.csr_matrix:
 
     Raises
     ------
-    EmptySlice, NotCounts, CountOverflow
+    NoTissue, EmptySlice, NotCounts, CountOverflow
     """
     where = {"slice": name, "file": str(deposit.file)}
-    counts = deposit.counts[np.flatnonzero(deposit.in_tissue)]
-    problem = why_not_counts(counts)
-    if problem:
-        raise NotCounts(
+    if len(deposit.spots) and not deposit.in_tissue.any():
+        raise NoTissue(
             **where,
-            found=problem,
+            found=f"0 spots in tissue of {len(deposit.spots)}",
+            expected="spots in tissue",
+            next_step="check the positions (in_tissue is 1 where there is tissue), or take the row out of the catalogue",
+        )
+    counts = deposit.counts[np.flatnonzero(deposit.in_tissue)]
+    if problem := why_not_counts(counts):
+        kind, found = problem
+        raise kind(
+            **where,
+            found=found,
             expected="raw integer counts",
             next_step="get the raw counts from the source; normalised values cannot be used",
         )
-    if counts.nnz == 0 or counts.max() == 0:
+    if not counts.data.any():
         raise EmptySlice(
             **where,
             found=f"{counts.shape[0]} spots in tissue of {len(deposit.spots)}, {counts.shape[1]} genes, no count",
             expected="counts on spots in tissue",
             next_step="check that matrix and in_tissue are those of the slice, or take the row out of the catalogue",
         )
-    counts.sum_duplicates()
+    not_too_large(name, deposit, counts)
+    if not counts.has_canonical_format:  # an entry listed twice, whose sum its own type may not hold
+        counts = counts.astype(np.int64)
+        counts.sum_duplicates()
     counts = not_too_large(name, deposit, counts).astype(np.int32)
     counts.eliminate_zeros()
     return counts
@@ -173,11 +186,11 @@ def not_too_large(name: str, deposit: Deposit, counts: sparse.csr_matrix) -> spa
     ------
     CountOverflow
     """
-    if counts.max() > MAX_COUNT:
+    if counts.data.max(initial=0) > MAX_COUNT:  # scipy's own maximum would sum what is listed twice, in its type
         raise CountOverflow(
             slice=name,
             file=str(deposit.file),
-            found=f"a count of {int(counts.max())}",
+            found=f"a count of {int(counts.data.max())}",
             expected=f"at most {MAX_COUNT}, what 16 bits hold",
             next_step="check that these are counts of molecules (UMI), not of reads",
         )
@@ -239,8 +252,9 @@ def place_spots(name: str, deposit: Deposit, covered: np.ndarray) -> tuple[Latti
         Pixels that are NaN.
     MultipleSections
         Two spots at one site of the array.
-    PositionsMismatch
+    PositionsMismatch, SwappedAxes
         Array coordinates and pixels that contradict each other (`workflow.lattice.known_lattice`).
+    ImpossiblePositions
     """
     where = {"slice": name, "file": str(deposit.file)}
     pixels = None if deposit.pixels is None else deposit.pixels[covered]
@@ -251,6 +265,8 @@ def place_spots(name: str, deposit: Deposit, covered: np.ndarray) -> tuple[Latti
             expected="a position for each",
             next_step="complete the positions, or mark these spots as not in tissue",
         )
+    if pixels is not None:
+        refuse_far(name, deposit.file, pixels, "pixels", FARTHEST_PIXEL)
     if deposit.array is None:
         try:
             return infer_lattice(pixels, name), "pixels", pixels
@@ -266,7 +282,11 @@ def place_spots(name: str, deposit: Deposit, covered: np.ndarray) -> tuple[Latti
             expected="one section, each array position once",
             next_step="split the source, one catalogue row a section",
         )
-    lattice = known_lattice(row, col, pixels, **where)
+    try:
+        lattice = known_lattice(row, col, pixels, **where)
+    except PositionsMismatch as error:
+        refuse_swapped(row, col, pixels, error)
+        raise
     if pixels is None:
         pitch_um, _ = scale_of(deposit, lattice)
         pixels = lattice.plane() * (pitch_um if np.isfinite(pitch_um) else 1.0)
@@ -274,6 +294,26 @@ def place_spots(name: str, deposit: Deposit, covered: np.ndarray) -> tuple[Latti
     elif np.isnan(lattice.pitch_px):
         logger.warning("%s: spots or pixels all at one place or in one line: they don't tell the scale", name)
     return lattice, "array", pixels
+
+
+def refuse_swapped(row: np.ndarray, col: np.ndarray, pixels: np.ndarray | None, error: PositionsMismatch) -> None:
+    """Say so, where it is only that row and column are exchanged.
+
+    Raises
+    ------
+    SwappedAxes
+    """
+    try:
+        known_lattice(col, row, pixels)
+    except PositionsMismatch:
+        return
+    raise SwappedAxes(
+        slice=error.slice,
+        file=error.file,
+        found=f"{error.found}; with row and column exchanged they fit",
+        expected="array_row counts rows, array_col columns",
+        next_step="exchange array_row and array_col in the positions",
+    ) from error
 
 
 def scale_of(deposit: Deposit, lattice: Lattice | None) -> tuple[float, float]:
@@ -342,16 +382,53 @@ def located(row: dict[str, str], listing: Path | None) -> tuple[list[Path] | Non
     return by_role["slice"], next(iter(by_role["labels"]), None)
 
 
+def curate_or_reject(
+    out: Path, row: dict[str, str], gene_tables: Path, listing: Path | None = None, label_map: Path | None = None
+) -> None:
+    """Write a slice curated, or set apart with its reason."""
+    try:
+        files, labels = located(row, listing)
+        adata = curate(row, gene_tables, files, labels, label_map)
+    except SliceError as error:
+        logger.error("set apart: %s", error, exc_info=error.__cause__)
+        adata = rejected(row, error)
+    write_slice(adata, out)
+
+
+def curate_apart(
+    out: Path,
+    row: dict[str, str],
+    gene_tables: Path,
+    listing: Path | None = None,
+    label_map: Path | None = None,
+    *,
+    memory_mb: int,
+) -> None:
+    """As `curate_or_reject`, in a process of its own, so that a file that brings it down is set apart too (`unreadable`)."""
+    why = confined(lambda: curate_or_reject(out, row, gene_tables, listing, label_map), memory_mb)
+    if why:
+        error = Unreadable(
+            slice=row["slice"],
+            file=str(listing or row["url"]),
+            found=why,
+            expected=f"files that can be read within {memory_mb} MB",
+            next_step=f"compare the files with the source's; if they are whole, give more memory: "
+            f"--set-resources curate:mem_mb={4 * memory_mb} --forcerun {out}",
+        )
+        logger.error("set apart: %s", error)
+        write_slice(rejected(row, error), out)
+
+
 if __name__ == "__main__":
     from workflow.logs import log_to
 
     log_to(snakemake.log[0])
-    row, listing = dict(snakemake.params.row), snakemake.input.get("listing")
-    label_map = snakemake.input.get("label_map")
-    try:
-        files, labels = located(row, Path(listing) if listing else None)
-        adata = curate(row, snakemake.params.gene_tables, files, labels, Path(label_map) if label_map else None)
-    except SliceError as error:
-        logger.error("set apart: %s", error, exc_info=error.__cause__)
-        adata = rejected(row, error)
-    write_slice(adata, snakemake.output[0])
+    listing, label_map = (snakemake.input.get(name) for name in ("listing", "label_map"))
+    curate_apart(
+        Path(snakemake.output[0]),
+        dict(snakemake.params.row),
+        Path(snakemake.params.gene_tables),
+        Path(listing) if listing else None,
+        Path(label_map) if label_map else None,
+        memory_mb=snakemake.resources.mem_mb,
+    )

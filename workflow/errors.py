@@ -37,19 +37,35 @@ class SliceError(ValueError):
             "slice": self.slice,
             "stage": self.stage,
             "code": self.code,
-            "file": self.file,
-            "found": self.found,
-            "expected": self.expected,
-            "next_step": self.next_step,
+            "file": _one_line(self.file),
+            "found": _one_line(self.found),
+            "expected": _one_line(self.expected),
+            "next_step": _one_line(self.next_step),
         }
+
+    @staticmethod
+    def kinds() -> list[type[SliceError]]:
+        """All kinds of slice errors, each with a code of its own."""
+        found: list[type[SliceError]] = []
+        left = SliceError.__subclasses__()
+        while left:
+            found.append(left.pop(0))
+            left += found[-1].__subclasses__()
+        return found
 
     @classmethod
     def from_row(cls, row: dict[str, str]) -> SliceError:
         """The error that a row of the quarantine table tells of: the subclass that has its code."""
-        (kind,) = (kind for kind in SliceError.__subclasses__() if kind.code == row["code"])
+        (kind,) = (kind for kind in cls.kinds() if kind.code == row["code"])
         error = kind(**{name: row[name] for name in ("slice", "file", "found", "expected", "next_step")})
         error.stage = row["stage"]
         return error
+
+
+def _one_line(text: str, longest: int = 2000) -> str:
+    """What a table and HDF5 can hold of a text that may repeat what a file says: no control characters, and an end."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:longest])
+    return shown + ("..." if len(text) > longest else "")
 
 
 class MissingFile(SliceError):
@@ -206,3 +222,69 @@ class MultipleOrganisms(SliceError):
     """Genes of more than one genome: a xenograft or a mixture, whose counts are of two organisms."""
 
     code = "multiple_organisms"
+
+
+class ZeroBytes(Unreadable):
+    """A file of no bytes, as an interrupted copy or a full disk leaves it."""
+
+    code = "zero_bytes"
+
+
+class Truncated(Unreadable):
+    """An h5 or gzip file that ends before its own end."""
+
+    code = "truncated"
+
+
+class WrongHeader(Unreadable):
+    """A first line taken for a header, or a header for a first line: one spot or gene too few or too many."""
+
+    code = "wrong_header"
+
+
+class UnsafeHdf5(SliceError):
+    """An HDF5 file that leads out of itself, into itself, or claims more data than it stores."""
+
+    code = "unsafe_hdf5"
+
+
+class Normalised(NotCounts):
+    """Fractions: values divided by the spots' totals, or their logarithms."""
+
+    code = "normalised"
+
+
+class Scaled(NotCounts):
+    """Negative fractions: z-scores or centred values."""
+
+    code = "scaled"
+
+
+class Negative(NotCounts):
+    """Whole numbers, some below zero: differences, or counts with a background taken off."""
+
+    code = "negative"
+
+
+class NotFinite(NotCounts):
+    """NaN or infinite values."""
+
+    code = "not_finite"
+
+
+class NoTissue(EmptySlice):
+    """Spots, none of which is marked as in tissue."""
+
+    code = "no_tissue"
+
+
+class SwappedAxes(PositionsMismatch):
+    """Array row and column exchanged."""
+
+    code = "swapped_axes"
+
+
+class ImpossiblePositions(SliceError):
+    """Positions that no capture area has."""
+
+    code = "impossible_positions"

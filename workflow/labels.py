@@ -93,6 +93,8 @@ def spot_labels(
     texts = values.astype(object).where(values.notna(), "").astype(str).str.strip()
     if label_map is not None:
         texts = _mapped(texts, label_map, bad)
+    if texts.str.contains("\0", regex=False).any():
+        raise bad(f"NUL characters in column {column!r}", "text")
     known = ~texts.str.lower().isin(UNLABELLED)
     if not (known.to_numpy() & deposit.in_tissue).any():
         raise bad(f"no label in column {column!r} on any spot in tissue", "labels")
@@ -101,8 +103,14 @@ def spot_labels(
 
 def _mapped(texts: pd.Series, label_map: Path, bad) -> pd.Series:
     """Each text's label by the map; what the map lacks is an error, never a class of its own."""
-    with open(label_map, newline="", encoding="utf-8") as file:
-        labels = {row["raw"]: row["label"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)}
+    try:
+        with open(label_map, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise bad(f"{label_map}, which is no table ({error})", "the columns raw and label") from error
+    if any(None in (row.get("raw"), row.get("label")) for row in rows):
+        raise bad(f"rows of {label_map} without the columns raw and label", "both in each row")
+    labels = {row["raw"]: row["label"] for row in rows}
     unlabelled = texts.str.lower().isin(UNLABELLED)
     unknown = sorted(set(texts[~unlabelled]) - set(labels))
     if unknown and OTHERS not in labels:
@@ -133,7 +141,7 @@ def _bare(keys: pd.Index) -> pd.Index:
 
 def _barcodes(keys: pd.Index) -> pd.Index:
     """What follows the one prefix that all keys have; the keys as they are where prefixes differ, as of two sections in one table."""
-    parts = pd.Series(keys, dtype=object).str.extract(r"^(.*?)([ACGT]{14,})(?:-\d+)?$")
+    parts = pd.Series(keys, dtype=object).str.extract(r"^(.*?)([ACGT]{14,64})(?:-\d+)?$")
     return pd.Index(parts[1]) if parts[0].nunique(dropna=False) == 1 and parts[1].notna().all() else keys
 
 

@@ -118,7 +118,7 @@ def test_a_bad_slice_ends_in_quarantine_and_does_not_stop_the_others(built_demo,
     )
     snakemake("--cores", 2, "data", "--configfile", "mine.yaml", directory=tmp_path)
     quarantine = pd.read_csv(tmp_path / "results/curate/quarantine.tsv", sep="\t", skiprows=1)
-    assert quarantine[["slice", "code"]].values.tolist() == [["scaled", "not_counts"]]
+    assert quarantine[["slice", "code"]].values.tolist() == [["scaled", "normalised"]]
     train = json.loads((tmp_path / "results/shards/train/index.json").read_text())
     assert [(s["slice"], s["n_windows"]) for s in train["slices"]] == [("good", 4)]
     assert json.loads((tmp_path / "results/shards/val/index.json").read_text())["n_samples"] == 0

@@ -274,6 +274,18 @@ def test_a_vocabulary_of_another_version_or_cut_is_refused(tmp_path, text, found
         Vocabulary.read(tmp_path / "genes.tsv")
 
 
+def test_a_vocabulary_with_an_endless_field_is_refused(tmp_path):
+    (tmp_path / "genes.tsv").write_text("# stpatch genes 1\nindex\tgene_id\n0\t" + "A" * 200_000 + "\n")
+    with pytest.raises(DamagedShards, match="genes.tsv"):
+        Vocabulary.read(tmp_path / "genes.tsv")
+
+
+def test_an_index_nested_beyond_all_depth_is_refused(copy):
+    (copy / "index.json").write_text("[" * 100_000)
+    with pytest.raises(DamagedShards, match="RecursionError"):
+        Shards(copy)
+
+
 def test_a_sample_of_a_shard_or_slice_that_is_not_there_is_refused(copy):
     """Before a table is made that would have a place for each."""
     for name in ("shard", "slice"):

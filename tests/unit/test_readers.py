@@ -351,7 +351,9 @@ def test_what_are_no_counts_is_said_with_the_numbers(broken, found, tmp_path):
 def test_counts_of_any_type_are_counts_unless_they_are_not_numbers():
     assert why_not_counts(np.array([[0, 1]], np.uint8)) is None
     assert why_not_counts(np.array([[0.0, 1.0]])) is None
-    assert "type" in why_not_counts(np.array([[True]]))
+    kind, words = why_not_counts(np.array([[True]]))
+    assert kind is NotCounts
+    assert "type" in words
 
 
 def broken_indices(group):

@@ -10,6 +10,7 @@ import h5py
 from workflow.errors import UnknownFormat
 from workflow.readers.deposit import Deposit, reading
 from workflow.readers.h5ad import read_h5ad
+from workflow.readers.hdf5 import vet
 from workflow.readers.legacy_st import is_spot_table, read_legacy_st
 from workflow.readers.tenx import H5, MTX, POSITIONS, has_matrix, read_tenx, unpack
 
@@ -61,8 +62,10 @@ def detect(slice: str, files: list[Path]) -> str:
         return "spaceranger"
     for path in files:
         if H5.search(path.name):
-            with reading(slice, path), h5py.File(path) as file:
-                return "spaceranger" if "matrix" in file else "h5ad"
+            with reading(slice, path):
+                vet(slice, path)
+                with h5py.File(path, "r") as file:
+                    return "spaceranger" if "matrix" in file else "h5ad"
     tables = [path for path in files if path.name.lower().removesuffix(".gz").endswith((".tsv", ".txt"))]
     for path in tables:
         with reading(slice, path):

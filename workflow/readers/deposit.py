@@ -13,10 +13,23 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from workflow.errors import SliceError, Unreadable
+from workflow.errors import (
+    ImpossiblePositions,
+    Negative,
+    Normalised,
+    NotCounts,
+    NotFinite,
+    Scaled,
+    SliceError,
+    Truncated,
+    Unreadable,
+    ZeroBytes,
+)
 
 BARCODE = r"^[ACGTN]{8,}(-\d+)?$"
 SPOT_UM = 65.0
+FARTHEST_SITE = 100_000  # rows or columns; Visium HD has 3,350 of 2 um
+FARTHEST_PIXEL = 1e9
 
 
 @dataclass
@@ -40,13 +53,20 @@ class Deposit:
 
 @contextlib.contextmanager
 def reading(slice: str, path: Path) -> Iterator[None]:
-    """Turn what libraries raise on a damaged file, whatever its class, into `Unreadable`; what a reader parses belongs in here too."""
+    """Turn what libraries raise on a damaged file, whatever its class, into `Unreadable`; what a reader parses belongs in here too.
+
+    Raises
+    ------
+    ZeroBytes, Truncated, Unreadable
+    """
     try:
         yield
-    except (SliceError, MemoryError):  # memory that is short is no fault of the file
+    except (SliceError, MemoryError):  # memory that is short is told by whoever set its limit
         raise
     except Exception as error:
-        raise Unreadable(
+        cut = isinstance(error, EOFError) or "truncated file" in str(error)  # gzip's words and HDF5's
+        kind = Truncated if cut else Unreadable
+        raise (kind if not path.is_file() or path.stat().st_size else ZeroBytes)(
             slice=slice,
             file=str(path),
             found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
@@ -61,15 +81,40 @@ def open_text(path: Path) -> io.TextIOBase:
 
 
 def open_bytes(path: Path) -> io.BufferedIOBase:
-    """The bytes of a file, unpacked if it is gzipped."""
+    """The bytes of a file, unpacked if it is gzipped; EOFError where it has none."""
     with open(path, "rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
+        if not (begin := file.read(2)):
+            raise EOFError("a file of no bytes")
+        gzipped = begin == b"\x1f\x8b"
     return gzip.open(path) if gzipped else open(path, "rb")
 
 
 def strings(values) -> np.ndarray:
-    """Any array of texts or bytes as an object array of `str`."""
-    return np.array([v.decode() if isinstance(v, bytes) else str(v) for v in np.asarray(values)], dtype=object)
+    """Any array of texts or bytes as an object array of `str`; ValueError where HDF5 could not hold one of them."""
+    values = values if isinstance(values, list) else np.asarray(values)  # of a list it would be as wide as the longest
+    texts = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+    "".join(texts).encode()  # fails on lone surrogates
+    if any("\0" in text for text in texts):
+        raise ValueError("NUL characters in names")
+    return np.array(texts, dtype=object)
+
+
+def refuse_far(slice: str, path: Path, values, what: str, farthest: float) -> None:
+    """Refuse positions beyond any capture area or image, which whole numbers of 32 bits or a fit could not hold.
+
+    Raises
+    ------
+    ImpossiblePositions
+    """
+    largest = np.nanmax(np.abs(np.asarray(values, float)), initial=0)
+    if largest > farthest:
+        raise ImpossiblePositions(
+            slice=slice,
+            file=str(path),
+            found=f"{what} up to {largest:.6g}",
+            expected=f"{farthest:.6g} at most",
+            next_step="look at the positions: columns exchanged with others, or a damaged file",
+        )
 
 
 def scale(factors: Mapping) -> float:
@@ -93,8 +138,8 @@ def looks_like_barcodes(names) -> bool:
     return bool(len(names)) and bool(names.str.match(BARCODE).mean() > 0.5)
 
 
-def why_not_counts(matrix) -> str | None:
-    """What is wrong with a matrix that should hold raw counts, in words; None if nothing is.
+def why_not_counts(matrix) -> tuple[type[NotCounts], str] | None:
+    """What is wrong with a matrix that should hold raw counts: the error to raise, and the words; None if nothing is.
 
     Parameters
     ----------
@@ -103,13 +148,18 @@ def why_not_counts(matrix) -> str | None:
     """
     values = matrix.data if sparse.issparse(matrix) else np.asarray(matrix).ravel()
     if values.dtype.kind not in "iuf":
-        return f"values of type {values.dtype}"
+        return NotCounts, f"values of type {values.dtype}"
     if np.issubdtype(values.dtype, np.floating):
         if broken := int((~np.isfinite(values)).sum()):
-            return f"{broken} values that are NaN or infinite, of {values.size}"
-    if values.size and values.min() < 0:
-        return f"{int((values < 0).sum())} negative values, the least {values.min():.6g}: scaled or centred data"
+            return NotFinite, f"{broken} values that are NaN or infinite, of {values.size}"
     fractions = values != np.rint(values)
+    if values.size and values.min() < 0:
+        kind, why = (Scaled, "scaled or centred data") if fractions.any() else (Negative, "a background taken off")
+        return kind, f"{int((values < 0).sum())} negative values, the least {values.min():.6g}: {why}"
     if fractions.any():
-        return f"{int(fractions.sum())} fractions among {values.size} values, such as {values[fractions][0]:.6g}: normalised data"
+        some = values[fractions][0]
+        return (
+            Normalised,
+            f"{int(fractions.sum())} fractions among {values.size} values, such as {some:.6g}: normalised data",
+        )
     return None

@@ -15,7 +15,17 @@ from scipy import sparse
 
 from workflow.errors import MissingPositions, MultipleSections, NotCounts, Transposed, UnknownFormat
 from workflow.genes import strip_version
-from workflow.readers.deposit import Deposit, looks_like_barcodes, reading, scale, strings, why_not_counts
+from workflow.readers.deposit import (
+    FARTHEST_SITE,
+    Deposit,
+    looks_like_barcodes,
+    reading,
+    refuse_far,
+    scale,
+    strings,
+    why_not_counts,
+)
+from workflow.readers.hdf5 import vet
 
 SYMBOL_COLUMNS = ("symbol", "gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "SYMBOL")
 TYPE_COLUMNS = ("feature_types", "feature_type")
@@ -27,7 +37,7 @@ def read_h5ad(slice: str, files: list[Path]) -> Deposit:
 
     Raises
     ------
-    UnknownFormat, Unreadable, MultipleSections, Transposed, NotCounts, MissingPositions
+    UnknownFormat, Unreadable, UnsafeHdf5, MultipleSections, Transposed, NotCounts, MissingPositions
     """
     found = [path for path in files if path.suffix.lower() in (".h5ad", ".h5")]
     if len(found) != 1:
@@ -44,6 +54,7 @@ def read_h5ad(slice: str, files: list[Path]) -> Deposit:
 
 def _parse(slice: str, path: Path) -> Deposit:
     """One h5ad file; any other error than those of `read_h5ad` means that the file is not what it should be."""
+    vet(slice, path)
     adata = anndata.read_h5ad(path)
     _refuse_several_sections(slice, path, adata)
     counts, var = _counts(slice, path, adata)
@@ -51,7 +62,7 @@ def _parse(slice: str, path: Path) -> Deposit:
     covered = np.ones(adata.n_obs, bool)
     if "in_tissue" in obs:
         covered = obs["in_tissue"].astype(str).str.lower().isin(COVERED).to_numpy()
-    array, pixels = _array(obs, covered), _pixels(slice, path, adata)
+    array, pixels = _array(slice, path, obs, covered), _pixels(slice, path, adata)
     if array is None and pixels is None:
         raise MissingPositions(
             slice=slice,
@@ -122,11 +133,12 @@ def _counts(slice: str, path: Path, adata: anndata.AnnData):
         problem = why_not_counts(matrix)
         if problem is None:
             return matrix, var
-        problems.append(f"{name}: {problem}")
-    raise NotCounts(
+        problems.append((problem[0], f"{name}: {problem[1]}"))
+    kind = problems[0][0] if problems else NotCounts  # of the matrix that comes closest to counts
+    raise kind(
         slice=slice,
         file=str(path),
-        found="; ".join(problems) or "no matrix",
+        found="; ".join(words for _, words in problems) or "no matrix",
         expected='raw integer counts in raw.X, layers["counts"] or X',
         next_step="get the raw counts from the authors' other files; normalised values cannot be used",
     )
@@ -160,7 +172,7 @@ def _mostly_ensembl(names: np.ndarray) -> bool:
     return len(names) > 0 and sum(strip_version(name) is not None for name in names) >= len(names) / 2
 
 
-def _array(obs: pd.DataFrame, covered: np.ndarray) -> np.ndarray | None:
+def _array(slice: str, path: Path, obs: pd.DataFrame, covered: np.ndarray) -> np.ndarray | None:
     """Array coordinates [n, 2], None where a covered spot has none or they are fractions; -1 where another spot has none."""
     if "array_row" not in obs or "array_col" not in obs:
         return None
@@ -168,6 +180,7 @@ def _array(obs: pd.DataFrame, covered: np.ndarray) -> np.ndarray | None:
     whole = (np.isfinite(given) & (given == np.rint(given))).all(1)
     if not whole[covered].all():
         return None
+    refuse_far(slice, path, given[whole], "array positions", FARTHEST_SITE)
     return np.where(whole[:, None], given, -1).astype(np.int64)
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from workflow.errors import MissingFile, MissingPositions, Transposed
-from workflow.readers.deposit import Deposit, open_text, reading, strings
+from workflow.readers.deposit import FARTHEST_SITE, Deposit, open_text, reading, refuse_far, strings
 
 PITCH_UM = 200.0  # centre to centre of neighbouring spots
 SPOT = re.compile(r"^(?:X)?(-?\d+(?:\.\d+)?)[x_](-?\d+(?:\.\d+)?)$")
@@ -22,6 +22,8 @@ SPOT = re.compile(r"^(?:X)?(-?\d+(?:\.\d+)?)[x_](-?\d+(?:\.\d+)?)$")
 
 def is_spot_table(path: Path) -> bool:
     """Whether a text file is such a table of counts, either way round (and not one of spots or labels, which have x and y)."""
+    if not path.stat().st_size:
+        return False
     with open_text(path) as file:
         header = file.readline().rstrip("\r\n").split("\t")
         first = file.readline().split("\t")[0]
@@ -68,7 +70,9 @@ def read_legacy_st(slice: str, files: list[Path]) -> Deposit:
         if not all(matches):
             raise ValueError(f"row names that are no spots, such as {table.index[matches.index(None)]!r}")
         counts = sparse.csr_matrix(values)
-    x, y = np.rint(np.array([[float(part) for part in match.groups()] for match in matches])).astype(np.int64).T
+    sites = np.array([[float(part) for part in match.groups()] for match in matches])
+    refuse_far(slice, path, sites, "array positions", FARTHEST_SITE)
+    x, y = np.rint(sites).astype(np.int64).T
     others = [other for other in files if other != path]
     covered, pixels = np.ones(len(x), bool), None
     if others:
@@ -90,13 +94,17 @@ def read_legacy_st(slice: str, files: list[Path]) -> Deposit:
 
 def _selected(slice: str, path: Path, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which spots a spot file selects [n], and their pixels [n, 2] (NaN elsewhere)."""
-    with reading(slice, path), open_text(path) as file:
-        table = pd.read_csv(file, sep=None, engine="python")
+    with reading(slice, path):
+        with open_text(path) as file:
+            header = file.readline()
+        with open_text(path) as file:
+            table = pd.read_csv(file, sep=next((sep for sep in "\t,;" if sep in header), r"\s+"))
         lacking = [name for name in ("x", "y", "pixel_x", "pixel_y") if name not in table]
         if lacking:
             raise ValueError(f"no column {', '.join(lacking)} among {', '.join(map(str, table.columns))}")
         if "selected" in table:
             table = table[table["selected"] == 1]
+        refuse_far(slice, path, table[["x", "y"]].astype(float), "array positions", FARTHEST_SITE)
         sites = pd.MultiIndex.from_arrays([table[name].astype(float).round().astype(int) for name in ("x", "y")])
         listed = table[["pixel_x", "pixel_y"]].to_numpy(float)[~sites.duplicated()]
     at = sites[~sites.duplicated()].get_indexer(pd.MultiIndex.from_arrays([x, y]))

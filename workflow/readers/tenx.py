@@ -37,8 +37,27 @@ import pandas as pd
 from scipy import sparse
 from scipy.io import mmread
 
-from workflow.errors import MissingFile, MissingPositions, PositionsMismatch, Transposed, UnknownFormat, Unreadable
-from workflow.readers.deposit import Deposit, looks_like_barcodes, open_bytes, open_text, reading, scale, strings
+from workflow.errors import (
+    MissingFile,
+    MissingPositions,
+    PositionsMismatch,
+    Transposed,
+    UnknownFormat,
+    Unreadable,
+    WrongHeader,
+)
+from workflow.readers.deposit import (
+    FARTHEST_SITE,
+    Deposit,
+    looks_like_barcodes,
+    open_bytes,
+    open_text,
+    reading,
+    refuse_far,
+    scale,
+    strings,
+)
+from workflow.readers.hdf5 import vet
 
 logger = logging.getLogger("curate")
 
@@ -56,6 +75,7 @@ COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres
 FEWEST_SHARED = 0.9
 FEWEST_INSIDE = 0.98
 FILTERED_BELOW = 0.95
+CAPTURE_AREAS = (4992, 14336)  # spots of 6.5 mm and 11 mm slides; Space Ranger lists all of them
 
 
 @dataclass(frozen=True)
@@ -165,7 +185,9 @@ def has_matrix(files: list[Path]) -> bool:
 def read_h5(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np.ndarray, pd.DataFrame]:
     """A 10x h5 (Cell Ranger 3 layout): counts [spots, features] as CSR, barcodes, and features (id, name, type)."""
     (path,) = paths
-    with reading(slice, path), h5py.File(path) as file:
+    with reading(slice, path):
+        vet(slice, path)
+    with reading(slice, path), h5py.File(path, "r") as file:
         group = file["matrix"]
         spots = strings(group["barcodes"][:])
         named = group["features"]
@@ -197,14 +219,14 @@ def read_mex(
     spots = np.array(sorted(covered), dtype=object)
     for path in barcodes:
         with reading(slice, path), open_text(path) as file:
-            spots = np.array([line.split("\t")[0].strip().strip('"') for line in file if line.strip()], dtype=object)
+            spots = strings([line.split("\t")[0].strip().strip('"') for line in file if line.strip()])
     with reading(slice, names), open_text(names) as file:
         rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
         features = pd.DataFrame(
             {
-                "id": [row[0].strip('"') for row in rows],
-                "name": [row[1].strip('"') if len(row) > 1 else "" for row in rows],
-                "type": [row[2].strip('"') if len(row) > 2 else "Gene Expression" for row in rows],
+                "id": strings([row[0].strip('"') for row in rows]),
+                "name": strings([row[1].strip('"') if len(row) > 1 else "" for row in rows]),
+                "type": strings([row[2].strip('"') if len(row) > 2 else "Gene Expression" for row in rows]),
             },
             dtype=object,
         )
@@ -215,6 +237,9 @@ def read_mex(
         first = re.match(rb"(?:%.*\n)*", text).end()
         if b"integer" in text[:100].split(b"\n")[0] and text.find(b".", first) >= 0:  # mmread would cut fractions off
             raise ValueError("fractions in a matrix whose header says integer")
+        sizes = text[first:].split(b"\n", 1)[0].split() if b"coordinate" in text[:100] else ()
+        if len(sizes) == 3 and int(sizes[2]) > len(text):  # mmread would take memory for them
+            raise ValueError(f"{int(sizes[2])} entries announced in {len(text)} bytes")
         matrix = mmread(io.BytesIO(text))
         del text  # 13 bytes an entry
     if not barcodes:
@@ -245,12 +270,16 @@ def _check_shape(slice: str, path: Path, shape: tuple[int, ...], genes, spots) -
     if shape == wanted:
         return
     kind, found = (Transposed, "barcodes x features") if shape == wanted[::-1] else (Unreadable, "a matrix")
+    if sorted(abs(a - b) for a, b in zip(shape, wanted, strict=True)) == [0, 1]:
+        kind = WrongHeader
     raise kind(
         slice=slice,
         file=str(path),
         found=f"{found} of {shape[0]} x {shape[1]} with {wanted[0]} features and {wanted[1]} barcodes listed",
         expected=f"features x barcodes, {wanted[0]} x {wanted[1]}",
-        next_step="check that the three lists belong together, and transpose the matrix if it is the wrong way round",
+        next_step="compare the first lines of the two lists with the source's: one is a header, or was taken for one"
+        if kind is WrongHeader
+        else "check that the three lists belong together, and transpose the matrix if it is the wrong way round",
     )
 
 
@@ -290,11 +319,24 @@ def read_positions(slice: str, files: list[Path], matrix: Matrix) -> tuple[pd.Da
             table.columns = COLUMNS
         if lacking := [name for name in COLUMNS if name not in table]:
             raise ValueError(f"{len(table.columns)} columns, without {', '.join(lacking)}")
+        if table["barcode"].isna().any():
+            raise ValueError("blank barcodes")
         numbers = table[COLUMNS[1:]].apply(pd.to_numeric)
         if not np.isfinite(numbers.to_numpy(float)).all():
             raise ValueError("positions that are blank or infinite")
-        if (numbers[COLUMNS[2:4]] % 1 != 0).any(axis=None):
+        fractions = (numbers[COLUMNS[1:4]] % 1 != 0).any(axis=1).to_numpy()
+        if fractions.any():
+            # Read as a header and written again, a spot's 0,0,0 has become 0,0.1,0.2: names that are to differ.
+            if not header and fractions[0] and not fractions[1:].any():
+                raise WrongHeader(
+                    slice=slice,
+                    file=str(path),
+                    found=f"a first line that was once taken for a header: {first.strip()[:100]}",
+                    expected="each spot as the source lists it",
+                    next_step="get the source's own table of positions",
+                )
             raise ValueError("array positions that are fractions")
+        refuse_far(slice, path, numbers[COLUMNS[2:4]], "array positions", FARTHEST_SITE)
     if table["barcode"].duplicated().any():
         raise PositionsMismatch(
             slice=slice,
@@ -332,13 +374,21 @@ def match_spots(slice: str, spots: np.ndarray, table: pd.DataFrame, path: Path, 
         )
         if bare.is_unique and listed.is_unique:
             at = listed.get_indexer(bare)
+    if (at < 0).sum() == 1 and len(table) + 1 in CAPTURE_AREAS:
+        raise WrongHeader(
+            slice=slice,
+            file=str(path),
+            found=f"{len(table)} spots listed, one less than a slide has, without {spots[at < 0][0]} of the matrix",
+            expected=f"{len(table) + 1} spots",
+            next_step="get the source's own table of positions: its first spot was taken for a header and dropped",
+        )
     shared = float((at >= 0).mean()) if len(at) else 1.0
     problem = (
         f"{shared:.0%} of the matrix's {len(at)} barcodes among its {len(table)}" if shared < FEWEST_SHARED else ""
     )
     if not problem and not raw and len(spots) < FILTERED_BELOW * len(table):
         inside = float((table["in_tissue"].to_numpy()[at[at >= 0]] == 1).mean()) if len(at) else 1.0
-        if inside < FEWEST_INSIDE:
+        if inside < FEWEST_INSIDE and (table["in_tissue"] == 1).any():  # without any, curate says so
             problem = f"{inside:.1%} of the filtered matrix's {len(at)} barcodes in tissue"
     if problem:
         raise PositionsMismatch(
