@@ -2,6 +2,7 @@
 # make demo    the whole main job on simulated slices, offline, minutes on two cores
 # make test    lint, format check, snakemake --lint, all tests
 # make test-slurm  the cluster profile on a SLURM of two nodes on this machine (as root, Debian's packages)
+# make test-faults  fifty kills and every fault at every stage on a tiny simulated corpus; its table goes into docs/reliability.md
 # make test-validator  the public CELLXGENE validator on a simulated file
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ CORES ?= all
 VALIDATOR := 7.1.2
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup demo test test-slurm test-validator lint format clean
+.PHONY: help setup demo test test-slurm test-faults test-validator lint format clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -50,6 +51,9 @@ test: lint
 test-slurm: setup
 	@tests/slurm/install.sh
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slurm tests/slurm
+
+test-faults: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults.campaign --write docs/reliability.md
 
 # The validator's pins clash with ours.
 .venv-validator/.ready:

@@ -21,6 +21,7 @@ from workflow.errors import CatalogueError, DamagedFile, SliceError, TooFewGenes
 from workflow.fingerprints import recognise
 from workflow.keys import Keys
 from workflow.layout import most_observed, place
+from workflow.reading import reading
 from workflow.sketch import Sketch
 from workflow.twins import find_twins
 
@@ -55,12 +56,12 @@ class Curated:
 
     def outline(self) -> ad.AnnData:
         """The slice without X: obs, obsm and uns."""
-        with h5py.File(self.path) as file:
+        with reading(self.path), h5py.File(self.path) as file:
             return ad.AnnData(**{name: read_elem(file[name]) for name in ("obs", "obsm", "uns")})
 
     def genes(self) -> set[str]:
         """Gene ids."""
-        with h5py.File(self.path) as file:
+        with reading(self.path), h5py.File(self.path) as file:
             return set(read_elem(file["var"]).index)
 
 
@@ -70,9 +71,9 @@ def read_curated(path) -> Curated:
     Raises
     ------
     DamagedFile
-        Of another version.
+        Of another version, or not to be read.
     """
-    with h5py.File(path) as file:
+    with reading(path), h5py.File(path) as file:
         facts = read_elem(file["uns"])[Keys.STPATCH]
         n_spots, n_genes = map(int, file["X"].attrs["shape"] if "shape" in file["X"].attrs else file["X"].shape)
     if facts["format_version"] != FORMAT_VERSION:

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-from safetensors import safe_open
 
 from workflow.catalogue import columns
 from workflow.curate import curate
 from workflow.errors import DamagedFile, SliceError
 from workflow.grid import make_grid
 from workflow.keys import Keys
+from workflow.reading import read_slice, read_tensors
 from workflow.stats import read_vocabulary
 from workflow.whole import whole_slice
 
@@ -40,8 +40,7 @@ def read_embedding(path, n_spots: int, slice: str) -> np.ndarray:
     DamagedFile
         The file does not hold each of the slice's spots once.
     """
-    with safe_open(str(path), framework="numpy") as file:
-        X, spot = file.get_tensor("X"), file.get_tensor("spot")
+    X, spot, _ = read_tensors(path)
     if not np.array_equal(np.sort(spot), np.arange(n_spots)):
         raise DamagedFile(
             slice=slice,
@@ -149,7 +148,7 @@ if __name__ == "__main__":
         from workflow.logs import log_to
 
         log_to(snakemake.log[0])
-        slice = ad.read_h5ad(snakemake.input.slice)
+        slice = read_slice(snakemake.input.slice)
         name = str(slice.uns[Keys.STPATCH]["slice"])
         slice.obsm[Keys.EMBEDDING] = read_embedding(snakemake.input.embedding, slice.n_obs, name)
         slice.write_h5ad(

@@ -8,7 +8,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -18,6 +17,7 @@ from sklearn.decomposition import PCA
 from workflow.errors import TooFewCommonGenes
 from workflow.expression import log_normalise
 from workflow.keys import Keys
+from workflow.reading import read_slice
 
 N_RAW = 512  # genes of `raw`: as many as the paper draws for a patch
 N_VARIABLE = 2000  # genes of `pca`
@@ -71,7 +71,7 @@ def load_section(path: str | Path) -> Section:
     The position is that on the capture lattice, in micrometres; without a lattice the pixels, scaled where the scale
     is known.
     """
-    slice_ = ad.read_h5ad(path)
+    slice_ = read_slice(path)
     about = slice_.uns[Keys.STPATCH]
     row = json.loads(about["row"])
     lattice, array = str(about["lattice"]["kind"]), None

@@ -19,6 +19,7 @@ from zarr.codecs import BloscCodec
 from workflow.errors import CountOverflow, DamagedFile
 from workflow.keys import Keys
 from workflow.layout import place
+from workflow.reading import read_slice, reading
 
 FORMAT_VERSION = 1
 GENES_PER_CHUNK = 1024
@@ -193,34 +194,33 @@ def read_grid(path: str | Path) -> Grid:
             slice=path.stem, file=str(path), found=found, expected=expected, next_step=f"delete {path} and run again"
         )
 
-    try:
-        group = zarr.open_group(path, mode="r")
-    except FileNotFoundError as error:
-        raise damaged("no zarr group", "a grid") from error
-    facts = group.attrs.asdict()
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise damaged(f"format_version {facts.get('format_version')}", f"format_version {FORMAT_VERSION}")
-    arrays = {}
-    for name in ARRAYS:
-        if name not in group:
-            raise damaged(f"no array '{name}'", f"the arrays {', '.join(ARRAYS)}")
-        arrays[name] = group[name][:]
-        checksum = _checksum(arrays[name])
-        if checksum != facts["checksums"][name]:
-            raise damaged(f"'{name}' with sha256 {checksum}", f"sha256 {facts['checksums'][name]}: a chunk is lost")
-    lattice = {key: math.nan if value is None else value for key, value in facts["lattice"].items()}
-    pitch_um = math.nan if facts["pitch_um"] is None else facts["pitch_um"]
-    others = {key: facts[key] for key in ("slice", "layout", "n_spots", "n_merged")}
+    with reading(path):
+        try:
+            group = zarr.open_group(path, mode="r")
+        except FileNotFoundError as error:
+            raise damaged("no zarr group", "a grid") from error
+        facts = group.attrs.asdict()
+        if facts.get("format_version") != FORMAT_VERSION:
+            raise damaged(f"format_version {facts.get('format_version')}", f"format_version {FORMAT_VERSION}")
+        arrays = {}
+        for name in ARRAYS:
+            if name not in group:
+                raise damaged(f"no array '{name}'", f"the arrays {', '.join(ARRAYS)}")
+            arrays[name] = group[name][:]
+            checksum = _checksum(arrays[name])
+            if checksum != facts["checksums"][name]:
+                raise damaged(f"'{name}' with sha256 {checksum}", f"sha256 {facts['checksums'][name]}: a chunk is lost")
+        lattice = {key: math.nan if value is None else value for key, value in facts["lattice"].items()}
+        pitch_um = math.nan if facts["pitch_um"] is None else facts["pitch_um"]
+        others = {key: facts[key] for key in ("slice", "layout", "n_spots", "n_merged")}
     return Grid(**others, pitch_um=pitch_um, lattice=lattice, **arrays)
 
 
 if __name__ == "__main__":
-    import anndata
-
     from workflow.logs import log_to
 
     log_to(snakemake.log[0])
-    curated = anndata.read_h5ad(snakemake.input.slice)
+    curated = read_slice(snakemake.input.slice)
     params = snakemake.params
     grid = make_grid(curated, params.layout, params.pitch_um)
     write_grid(grid, snakemake.output[0])

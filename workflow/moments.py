@@ -41,9 +41,11 @@ if __name__ == "__main__":
 
     from workflow.keys import Keys
     from workflow.logs import log_to
+    from workflow.reading import reading
 
     log_to(snakemake.log[0])
     grid = read_grid(snakemake.input.grid)
-    var = anndata.read_h5ad(snakemake.input.slice, backed="r").var
+    with reading(snakemake.input.slice):
+        var = anndata.read_h5ad(snakemake.input.slice, backed="r").var
     symbols = var[Keys.SYMBOL].astype(str).reindex(grid.gene_ids.astype(object))
     write_moments(snakemake.output[0], grid.gene_ids, symbols, moments(grid, snakemake.params.target_sum))

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
 from threadpoolctl import threadpool_limits
 
 from workflow import probes, protocols
 from workflow.controls import Section, centre, common_genes, control_features, load_section, standardise
 from workflow.errors import DamagedFile
+from workflow.reading import read_tensors
 
 COLUMNS = ["dataset", "section", "method", "head", "protocol", "split", "metric", "value"]
 NOTES = ["kind", "protocol", "split", "section", "method", "head", "detail"]
@@ -37,8 +37,7 @@ def load_embedding(path: str | Path, section: Section) -> tuple[np.ndarray, dict
     DamagedFile
         If the file belongs to another slice, has another version, names a spot twice or out of range, or is not finite.
     """
-    with safe_open(path, framework="numpy") as file:
-        about, x, spot = file.metadata() or {}, file.get_tensor("X"), file.get_tensor("spot")
+    x, spot, about = read_tensors(path)
     wrong = ""
     if about.get("format_version") != "1":
         wrong = f"format_version {about.get('format_version')}"

@@ -24,6 +24,7 @@ from anndata.io import read_elem
 
 from workflow.genes import PREFIX
 from workflow.keys import Keys
+from workflow.reading import reading
 
 FORMAT_VERSION = 1
 LEAST_COUNT = 2
@@ -192,32 +193,35 @@ def read_sketch(path: str | Path) -> Sketch:
     ValueError
         Of another version.
     """
-    with np.load(path, allow_pickle=False) as stored:
-        if stored["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: found format_version {stored['format_version']}, expected {FORMAT_VERSION}. "
-                "Next step: delete the file and run again."
-            )
-        genes = stored["genes"].cumsum(dtype=np.uint64)
-        samples = {}
-        for sample in ("sites", "rare"):
-            entries = np.empty(len(stored[f"{sample}_gene"]), ENTRY)
-            entries["gene"] = genes[stored[f"{sample}_gene"]]
-            for field in ("row", "col", "count"):
-                entries[field] = stored[f"{sample}_{field}"]
-            samples[sample] = entries
-        return Sketch(
-            **{name: str(stored[name]) for name in ("slice", "kind", "source")},
-            spots=stored["spots"],
-            genes=genes,
-            sites_threshold=stored["sites_threshold"][()],
-            rare_threshold=stored["rare_threshold"][()],
-            **samples,
+    with reading(path), np.load(path, allow_pickle=False) as file:
+        stored = dict(file)
+    if stored["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: found format_version {stored['format_version']}, expected {FORMAT_VERSION}. "
+            "Next step: delete the file and run again."
         )
+    genes = stored["genes"].cumsum(dtype=np.uint64)
+    samples = {}
+    for sample in ("sites", "rare"):
+        entries = np.empty(len(stored[f"{sample}_gene"]), ENTRY)
+        entries["gene"] = genes[stored[f"{sample}_gene"]]
+        for field in ("row", "col", "count"):
+            entries[field] = stored[f"{sample}_{field}"]
+        samples[sample] = entries
+    return Sketch(
+        **{name: str(stored[name]) for name in ("slice", "kind", "source")},
+        spots=stored["spots"],
+        genes=genes,
+        sites_threshold=stored["sites_threshold"][()],
+        rare_threshold=stored["rare_threshold"][()],
+        **samples,
+    )
 
 
 if __name__ == "__main__":
     from workflow.logs import log_to
 
     log_to(snakemake.log[0])
-    write_sketch(sketch_slice(snakemake.input[0]), snakemake.output[0])
+    with reading(snakemake.input[0]):
+        found = sketch_slice(snakemake.input[0])
+    write_sketch(found, snakemake.output[0])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from workflow.reading import reading
+
 HEADER = "# stpatch genes 1"
 GENES_PER_BLOCK = 1024  # of all slices side by side, in float64
 COLUMNS = ("index", "gene_id", "symbol", "n_slices", "n_spots", "mean", "variance")
@@ -91,8 +93,9 @@ def _pool(shares: list[tuple], block: slice, n_genes: int) -> tuple[np.ndarray, 
 def read_moments(paths: Iterable[str | Path]) -> Iterator[dict]:
     """What `workflow.moments` wrote for each slice, one at a time."""
     for path in paths:
-        with np.load(path, allow_pickle=False) as file:
-            yield dict(file)
+        with reading(path), np.load(path, allow_pickle=False) as file:
+            found = dict(file)
+        yield found
 
 
 def write_vocabulary(vocabulary: Vocabulary, path: str | Path) -> None:

@@ -456,7 +456,9 @@ def test_a_listing_says_where_simulated_and_fetched_files_lie(tmp_path):
 
 
 def test_a_slice_that_could_not_be_downloaded_is_rejected_with_the_downloads_own_reason(tmp_path):
-    reason = DownloadFailed(slice="sim_t", file="https://h/a", found="HTTP 503", expected="it", next_step="wait").as_row()
+    reason = DownloadFailed(
+        slice="sim_t", file="https://h/a", found="HTTP 503", expected="it", next_step="wait"
+    ).as_row()
     listing = tmp_path / "files.json"
     listing.write_text(json.dumps({"version": 1, "files": [], "quarantine": reason}))
     with pytest.raises(SliceError, match=r"\[download_failed\] slice sim_t .*HTTP 503") as failure:

@@ -234,3 +234,12 @@ def test_a_pitch_that_nobody_knows_survives_as_null(tmp_path):
     write_grid(make_grid(adata, "auto", 100), tmp_path / "g.zarr")
     assert "NaN" not in (tmp_path / "g.zarr/zarr.json").read_text()
     assert np.isnan(read_grid(tmp_path / "g.zarr").pitch_um)
+
+
+@pytest.mark.parametrize("damage", [b"{", b"\xa0", b"Blosc"])
+def test_metadata_that_zarr_cannot_read_is_damage_and_names_the_grid(tmp_path, damage):
+    write_grid(make_grid(tiny_slice(), "offset", 100), tmp_path / "g.zarr")
+    path = tmp_path / "g.zarr/counts/zarr.json"
+    path.write_bytes(damage if damage != b"Blosc" else path.read_bytes().replace(b"blosc", damage))
+    with pytest.raises(DamagedFile, match="g.zarr.*delete"):
+        read_grid(tmp_path / "g.zarr")
