@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from tokenize import TokenError
 
 import numcodecs.blosc
 import numpy as np
@@ -286,7 +287,7 @@ class Shards(Split):
             samples = np.load(file, allow_pickle=False)
             if samples.dtype != SAMPLE or samples.ndim != 1:
                 raise ValueError(f"{samples.dtype} {samples.shape}")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SyntaxError, RecursionError, MemoryError, TokenError) as error:  # of numpy's header
             raise DamagedShards(file, error, f"a plain array of {SAMPLE}") from error
         for name, known in (("shard", len(promised)), ("slice", len(self.slices))):
             if len(samples) and samples[name].max() >= known:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 
 import anndata
 import numpy as np
@@ -17,7 +18,7 @@ from workflow.errors import DamagedFile, SliceError
 # What h5py, zarr, numpy, zipfile and safetensors raise over flipped bits.
 STUMBLES = (
     *(AttributeError, EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError, TypeError, ValueError),
-    *(SafetensorError, zipfile.BadZipFile, zlib.error),
+    *(SafetensorError, SyntaxError, TokenError, zipfile.BadZipFile, zlib.error),
 )  # fmt: skip
 
 

@@ -246,6 +246,15 @@ def test_an_array_that_needs_pickle_is_refused(copy):
         Shards(copy)
 
 
+def test_a_header_of_an_array_that_ends_in_the_middle_is_refused(copy):
+    spoiled = bytearray((copy / "samples.npy").read_bytes())
+    spoiled[spoiled.index(b"}")] = ord("{")
+    (copy / "samples.npy").write_bytes(spoiled)
+    rehash(copy, "samples")
+    with pytest.raises(DamagedShards, match="samples.npy"):
+        Shards(copy)
+
+
 def test_gene_indices_beyond_the_vocabulary_are_refused(copy):
     lines = (copy / "genes.tsv").read_text().splitlines(keepends=True)
     (copy / "genes.tsv").write_text("".join(lines[:12]))  # ten genes
