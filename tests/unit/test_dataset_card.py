@@ -77,7 +77,7 @@ def test_a_licence_that_nobody_states_is_unknown_and_counted():
 
 def test_what_was_left_out_is_counted_by_reason_and_listed():
     out = [
-        {"slice": name, "stage": "admit", "code": code, "file": "/home/me/x.h5", "found": "x | y", "expected": "z"}
+        {"slice": name, "stage": "admit", "code": code, "file": "/data/me/x.h5", "found": "x | y", "expected": "z"}
         for name, code in (("p", "duplicate"), ("q", "duplicate"), ("r", "not_counts"))
     ]
     twins = [{"slice": "p", "duplicate_of": "a", "evidence": "containment 1.00"}]
@@ -86,7 +86,7 @@ def test_what_was_left_out_is_counted_by_reason_and_listed():
     assert "| `not_counts` | 1 |" in text
     assert "| p | admit | duplicate | x \\| y | z |" in text
     assert "| p | a | containment 1.00 |" in text
-    assert "/home/me" not in text
+    assert "/data/me" not in text
 
 
 def test_citations_are_built_from_identifiers_and_name_no_author():
