@@ -287,7 +287,14 @@ class Shards(Split):
             samples = np.load(file, allow_pickle=False)
             if samples.dtype != SAMPLE or samples.ndim != 1:
                 raise ValueError(f"{samples.dtype} {samples.shape}")
-        except (OSError, ValueError, SyntaxError, RecursionError, MemoryError, TokenError) as error:  # of numpy's header
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            RecursionError,
+            MemoryError,
+            TokenError,
+        ) as error:  # of numpy's header
             raise DamagedShards(file, error, f"a plain array of {SAMPLE}") from error
         for name, known in (("shard", len(promised)), ("slice", len(self.slices))):
             if len(samples) and samples[name].max() >= known:
