@@ -10,7 +10,7 @@ import pytest
 import torch
 import webdataset
 
-from trainer import embed, expression
+from trainer import embed, expression, inpaint
 from trainer.data import SAMPLE, Shards, Vocabulary
 from trainer.errors import DamagedShards
 from trainer.model import ModelConfig, build, read_components
@@ -21,6 +21,7 @@ from workflow.components import principal_axes, sample_spots, write_components
 from workflow.expression import log_normalise
 from workflow.grid import make_grid
 from workflow.moments import moments
+from workflow.regions import draw, encode
 from workflow.sample import Field, draw_windows
 from workflow.shards import SAMPLE_DTYPE, write_shards
 from workflow.simulate import tiny_slice
@@ -104,7 +105,7 @@ def test_the_trainer_reads_the_windows_that_were_drawn(built, grids):
         for window in draw_windows(Field(grid, gene_ids, (6, 5), 1e4), **DRAW)
     }
     assert len(reader) == len(drawn) == 20
-    assert len(reader.tars) > 1
+    assert len(reader.names) > 1
     batch = reader.read(np.arange(20), np.arange(20), epoch=0)
     for i, sample in enumerate(reader.samples):
         window = drawn.pop((int(sample["slice"]), int(sample["window"])))
@@ -231,3 +232,27 @@ def test_the_mean_of_the_vocabulary_is_that_of_the_trainers_values(built, grids)
     values = expression.log_normalise(torch.from_numpy(counts), torch.from_numpy(totals), 1e4)
     rows = [vocabulary.gene_ids.index(grid.gene_ids[k]) for k in only_here]
     np.testing.assert_allclose(values.mean(0).numpy(), vocabulary.mean[rows], rtol=1e-5)
+
+
+def test_the_trainer_reads_the_regions_that_the_pipeline_drew(tmp_path):
+    grid = make_grid(tiny_slice(), "auto", 100)
+    names = list(map(str, grid.gene_ids))
+    options = {
+        "windows": [12],
+        "sides": [4],
+        "repeats": 3,
+        "n_genes": 9,
+        "min_observed": 0.5,
+        "target_sum": 1e4,
+        "seed": 0,
+    }
+    drawn = draw(grid, names, **options)
+    (tmp_path / "r").write_bytes(encode(drawn, grid, genes_sha256="ab", seed=0, simulated=True))
+    about = {"genes_sha256": "ab", "target_sum": 1e4, "codec_name": "lz4", "simulated": True}
+    (tmp_path / "s.tar").write_bytes(whole_slice(grid, names, **about))
+    read = inpaint.Regions.read(tmp_path / "r", embed.WholeSlice.read(tmp_path / "s.tar"))
+    for name in ("genes", "region"):
+        assert np.array_equal(getattr(read, name), getattr(drawn, name))
+    for name in ("hidden", "visible"):
+        assert np.array_equal(getattr(read, name), np.concatenate(getattr(drawn, name)))
+        assert getattr(read, f"n_{name}").tolist() == list(map(len, getattr(drawn, name)))
