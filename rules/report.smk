@@ -1,6 +1,6 @@
 """Figures with captions, and the one HTML file that holds them all.
 
-In: slices, grids, shards, the model's `metrics.jsonl`, the tables of `admit` and `score`.
+In: slices, grids, shards, the model's `metrics.jsonl`, the tables of `admit` and of the stages that measure.
 Out: `<results>/report/*`, `<results>/report.html`.
 """
 
@@ -11,6 +11,22 @@ MAX_OVERVIEW = 60  # rows of the overview figures
 
 
 report: "captions/workflow.rst"
+
+
+def compared(dataset):
+    """The comparisons of every stage that puts probes on features."""
+    stages = {"score": "", "mlp": "mlp."}
+    return [
+        f"<results>/metrics/{dataset}/{prefix}comparisons.tsv"
+        for stage, prefix in stages.items()
+        if stage in STAGES
+    ]
+
+
+def drawn(stage, *figures):
+    """The figures of a stage, of all datasets, where the config asks for it."""
+    asked = figures if stage in STAGES else ()
+    return expand("<results>/report/{figure}/{dataset}.png", figure=asked, dataset=filter(admitted, DATASETS))
 
 
 rule panels:
@@ -118,8 +134,9 @@ rule curve:
 
 rule scoreboard:
     input:
-        scores="<results>/metrics/{dataset}/scores.tsv",
-        notes="<results>/metrics/{dataset}/notes.tsv",
+        scores=lambda w: measured(w.dataset),
+        notes=lambda w: measured(w.dataset, part=".notes"),
+        comparisons=lambda w: compared(w.dataset),
     output:
         figure=report(
             "<results>/report/scores/{dataset}.png",
@@ -145,12 +162,54 @@ rule scoreboard:
         "../workflow/scoreboard.py"
 
 
+rule clustering_figure:
+    input:
+        scores="<results>/metrics/{dataset}/cluster.tsv",
+        notes="<results>/metrics/{dataset}/cluster.notes.tsv",
+    output:
+        report(
+            "<results>/report/clustering/{dataset}.png",
+            caption="captions/clustering_figure.rst",
+            category="4 Scores",
+            labels={"figure": "{dataset}: domains found without labels"},
+        ),
+    log:
+        "<results>/logs/clustering_figure/{dataset}.log",
+    conda:
+        "../envs/eval.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+    script:
+        "../workflow/clustering_figure.py"
+
+
+rule reconstruction_figure:
+    input:
+        scores="<results>/metrics/{dataset}/reconstruct.tsv",
+        notes="<results>/metrics/{dataset}/reconstruct.notes.tsv",
+    output:
+        report(
+            "<results>/report/reconstruction/{dataset}.png",
+            caption="captions/reconstruction_figure.rst",
+            category="4 Scores",
+            labels={"figure": "{dataset}: hidden squares filled in"},
+        ),
+    log:
+        "<results>/logs/reconstruction_figure/{dataset}.log",
+    conda:
+        "../envs/eval.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+    script:
+        "../workflow/reconstruction_figure.py"
+
+
 rule maps:
     input:
         slices=lambda w: expand("<results>/slices/{slice}.h5ad", slice=admitted(w.dataset)),
-        scores="<results>/metrics/{dataset}/scores.tsv",
+        comparisons="<results>/metrics/{dataset}/comparisons.tsv",
         predictions="<results>/metrics/{dataset}/predictions.tsv.gz",
-        notes="<results>/metrics/{dataset}/notes.tsv",
+        notes="<results>/metrics/{dataset}/score.notes.tsv",
     output:
         report(
             "<results>/report/maps/{dataset}.png",
@@ -168,6 +227,28 @@ rule maps:
         "../workflow/maps.py"
 
 
+rule confusion:
+    input:
+        comparisons="<results>/metrics/{dataset}/comparisons.tsv",
+        predictions="<results>/metrics/{dataset}/predictions.tsv.gz",
+        notes="<results>/metrics/{dataset}/score.notes.tsv",
+    output:
+        report(
+            "<results>/report/confusion/{dataset}.png",
+            caption="captions/confusion.rst",
+            category="5 Maps",
+            labels={"figure": "{dataset}: which domains are taken for which"},
+        ),
+    log:
+        "<results>/logs/confusion/{dataset}.log",
+    conda:
+        "../envs/eval.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+    script:
+        "../workflow/confusion.py"
+
+
 # Local: the nested call reads the run's own records.
 rule report:
     input:
@@ -175,9 +256,10 @@ rule report:
         rules.qc.output,
         rules.fill.output,
         rules.curve.output,
-        lambda w: expand("<results>/report/scores/{dataset}.png", dataset=filter(admitted, DATASETS)),
         lambda w: expand("<results>/report/scores/{dataset}.html", dataset=filter(admitted, DATASETS)),
-        lambda w: expand("<results>/report/maps/{dataset}.png", dataset=filter(admitted, DATASETS)),
+        lambda w: drawn("score", "scores", "maps", "confusion"),
+        lambda w: drawn("cluster", "clustering", "clusters"),
+        lambda w: drawn("reconstruct", "reconstruction"),
     output:
         "<results>/report.html",
     log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pandas as pd
 from safetensors.numpy import save_file
 
 from tests.trainer import corpus
+from workflow.assemble import COLUMNS, NOTES
 from workflow.grid import make_grid, write_grid
 from workflow.simulate import tiny_slice
 
@@ -37,8 +39,29 @@ def write_table(path: Path, name: str, rows: list[dict], columns: list[str]) -> 
     path.write_text(f"# stpatch {name} 1\n{text}")
 
 
+def reconstructions() -> pd.DataFrame:
+    """A table of rule reconstruct, made up: stpatch errs less than each control, the more so the less is hidden."""
+    rng, rows = np.random.default_rng(0), []
+    for section in ("pooled", "test_a", "test_b"):
+        for method, error in (
+            ("gene_mean", 0.9),
+            ("mean_16", 0.8),
+            ("kriging", 0.7),
+            ("untrained", 0.85),
+            ("stpatch", 0.6),
+        ):
+            for side, repeat in itertools.product((2, 4), range(4)):
+                mse = error + 0.02 * side + 0.01 * rng.normal()
+                values = {"mse": mse, "mae": mse / 2, "pearson": 1 - mse, "r2": 1 - mse / 0.9}
+                rows += [
+                    ("Tiny", section, method, f"window8_side{side}", "reconstruction", repeat, *value)
+                    for value in values.items()
+                ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
 def make(results: Path) -> None:
-    """Everything below `results` that rules score and report read."""
+    """Everything below `results` that the rules which score and report read."""
     for folder in ("slices", "grids", "curate", "pretrain/model", "embeddings/stpatch", "embeddings/untrained"):
         (results / folder).mkdir(parents=True)
     gridded, rows = {}, []
@@ -64,6 +87,15 @@ def make(results: Path) -> None:
         genes_tsv = corpus.vocabulary(train)
         corpus.write_split(results / f"shards/{split}", split, slices, genes_tsv, n_windows=30, m=20, h=8, w=8)
 
+    metrics = results / "metrics/Tiny"
+    metrics.mkdir(parents=True)
+    told = pd.DataFrame(
+        [{"kind": "simulated", "section": name, "detail": "simulated slice"} for name in ("test_a", "test_b")]
+    )
+    told = told.reindex(columns=NOTES)
+    for path, frame in (("reconstruct.tsv", reconstructions()), ("reconstruct.notes.tsv", told)):
+        frame.to_csv(metrics / path, sep="\t", index=False, lineterminator="\n")
+
     steps = range(10, 1001, 10)
     lines = [{"kind": "train", "step": step, "loss": 0.5 + 0.3 * np.exp(-step / 200)} for step in steps]
     held_out = {"gene_mean_mse": 0.8, "n_windows": 30}
@@ -78,6 +110,7 @@ def make(results: Path) -> None:
 
 SNAKEFILE = """
 import os
+import sys
 from pathlib import Path
 
 ROOT, RUN, DATASETS = Path({root!r}), "model", ["Empty", "Tiny"]
@@ -88,7 +121,8 @@ configfile: ROOT / "config.yaml"
 pathvars:
     results=config["results"],
 
-# Jobs find `workflow` here as they do below the repository's own Snakefile.
+# Rule files and jobs find `workflow` here as they do below the repository's own Snakefile.
+sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)
 
 checkpoint admit:
@@ -104,12 +138,19 @@ def admitted(*splits):
     rows = [dict(zip(lines[0].split("\\t"), line.split("\\t"))) for line in lines[1:]]
     return sorted({{row["slice"] for row in rows if not splits or row["split"] in splits}})
 
+MODELS = ["untrained", "stpatch"]
+
+def embeddings(wildcards):
+    return expand("<results>/embeddings/{{model}}/{{slice}}.safetensors", model=MODELS, slice=admitted(wildcards.dataset))
+
 rule all:
     default_target: True
     input:
         "<results>/metrics/scores.tsv",
         "<results>/report.html",
 
+include: ROOT / "rules/score.smk"
+include: ROOT / "rules/cluster.smk"
 include: ROOT / "rules/evaluate.smk"
 include: ROOT / "rules/report.smk"
 """

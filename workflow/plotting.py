@@ -121,6 +121,12 @@ thead th {{ border-bottom: 2px solid #888; }}
 .simulated {{ background: #FFF3C4; border: 1px solid #B58900; padding: .4em .8em; }}
 .alarm {{ background: #CC3311; color: #fff; font-weight: bold; padding: .5em .8em; }}
 .small {{ color: #666; font-size: .9em; }}
+.scores, .verdicts {{ font-size: 12.5px; }} .scores {{ display: inline-table; vertical-align: top; margin: .6em 1em .6em 0; }}
+ .scores th, .scores td {{ padding: .15em .5em; }}
+.scores i {{ display: block; font-style: normal; font-weight: normal; font-size: .8em; color: #777; }}
+.paper {{ background: #F1F1F1; font-style: italic; }}
+.beats {{ color: #00734F; font-weight: bold; }} .does-not-beat {{ color: #CC3311; }} .undecided {{ color: #666; }}
+summary {{ cursor: pointer; margin: .6em 0; color: #0072B2; }}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>

@@ -1,4 +1,4 @@
-"""The score table of one dataset: methods by heads and protocols, controls beside the model, and who wins."""
+"""The score page of one dataset: who wins, then a table a protocol with every control; and the figure of the probes."""
 
 import html
 from pathlib import Path
@@ -6,183 +6,150 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from workflow import verdicts
+from workflow.intervals import is_control, split_suffix
 from workflow.plotting import CONTROL, MODEL, headline, list_rows, new_figure, page, save, table
+from workflow.score_tables import (
+    HEADS,
+    beside_paper,
+    clustering_tables,
+    folded,
+    ordered,
+    probe_tables,
+    reconstruction_of_paper,
+    reconstruction_table,
+    verdict_table,
+)
 
-SUFFIX_MARKS = {"": "o", "+centred": "D", "+standardised": "^"}
-SHOWN = {"accuracy": "accuracy", "ari": "ARI"}
 PROTOCOLS = {
-    "random20": "Neighbours of training spots are tested, so position alone, without a gene, does well.",
+    "random20": "The paper's: a fifth of the spots of all sections trains. Neighbours of training spots are tested, so position "
+    "alone, without a gene, does well: this split leaks and proves nothing of a model.",
     "blocks": "Whole blocks of 16 x 16 spots train; at their borders tested spots still neighbour training spots.",
+    "blocks_buffered": "As blocks, without the tested spots that a window of the model could see together with a training "
+    "spot; the notes say how many remain.",
     "leave_section": "Serial sections of one donor share their layout, so position alone can do well: this split leaks "
     "less than random20 and is to be read beside the coordinates. The notes name sections whose donor also trains.",
     "leave_donor": "No tissue of the tested donor trains: this split does not leak.",
+    "clustering": "Domains found without labels, their number given. CHAOS and PAS measure how ragged domains lie, not "
+    "whether they are right: smoother than the true ones (row labels) is no merit.",
+    "reconstruction": "Squares of tissue are hidden, and the expression of their spots is told from the visible rest of a "
+    "window. 8 of 24: a square 8 cells wide in a window of 24.",
 }
-ORDER = ["majority", "coordinates", "coordinates_section", "raw", "pca"]
-ORDER += ["neighbour_mean_6", "neighbour_mean_18", "neighbour_mean_36", "untrained", "stpatch"]
+LEADING = {"accuracy", "ari", "mse"}  # metrics in the table of verdicts; all are in the sentences
+MARKERS = {"knn": "o", "logistic": "s", "mlp": "D", "none": "o"}
 
 
-def split_suffix(method: str) -> tuple[str, str]:
-    """`pca+centred` -> (`pca`, `+centred`)."""
-    base, plus, suffix = method.partition("+")
-    return base, plus + suffix
+def draw(dataset: str, comparisons: pd.DataFrame):
+    """A column a protocol: every method's best variant and head with its interval, all others as dots.
 
-
-def is_control(method: str) -> bool:
-    """Everything but the pretrained model itself; the untrained encoder is a control."""
-    return not method.startswith("stpatch")
-
-
-def pooled(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row a (protocol, head, method, split), a column a metric, over all tested spots of the split.
-
-    The majority class, which has no head, stands under every head.
+    Parameters
+    ----------
+    comparisons
+        The dataset's comparisons; the dotted line is the strongest control.
     """
-    rows = scores[scores["section"] == "pooled"]
-    heads = [head for head in rows["head"].unique() if head != "none"]
-    headless = rows[rows["head"] == "none"]
-    rows = pd.concat([rows[rows["head"] != "none"]] + [headless.assign(head=head) for head in heads])
-    return rows.pivot(index=["protocol", "head", "method", "split"], columns="metric", values="value")
-
-
-def strongest(by_split: pd.DataFrame, protocol: str, metric: str) -> dict[str, tuple[str, str]]:
-    """Of either side, `model` and `control`, the method and head with the highest mean over the protocol's splits."""
-    mean = by_split.loc[protocol][metric].groupby(level=["method", "head"], sort=False).mean()
-    control = np.array([is_control(method) for method, _ in mean.index])
-    return {side: mean[of].idxmax() for side, of in (("model", ~control), ("control", control)) if of.any()}
-
-
-def worded(difference: pd.Series) -> str:
-    """What the model's lead over the control in each split comes to; only a lead in every split is called a win."""
-    if (difference > 0).all():
-        return "beats it"
-    if difference.mean() <= 0 or not (difference > 0).any():
-        return "does not beat it"
-    return "undecided"
-
-
-def verdicts(by_split: pd.DataFrame) -> pd.DataFrame:
-    """The model's best against the strongest control, for each protocol and metric.
-
-    Each side is chosen among all its variants and heads by its mean over the tests themselves. There are more
-    variants of controls than of the model, so the choice favours the controls. `higher_in` counts the splits in which
-    the model's side scores higher.
-    """
-    rows = []
-    for protocol in by_split.index.unique("protocol"):
-        for metric in SHOWN:
-            best = strongest(by_split, protocol, metric)
-            if len(best) < 2:
-                continue
-            values = by_split.loc[protocol][metric]
-            split = {side: values.xs(key, level=["method", "head"]).sort_index() for side, key in best.items()}
-            difference = split["model"] - split["control"]
-            rows.append(
-                {
-                    "protocol": protocol,
-                    "metric": metric,
-                    "model": ", ".join(best["model"]),
-                    "model_value": split["model"].mean(),
-                    "control": ", ".join(best["control"]),
-                    "control_value": split["control"].mean(),
-                    "difference": difference.mean(),
-                    "higher_in": f"{int((difference > 0).sum())} of {len(difference)} splits",
-                    "verdict": worded(difference),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def ordered(methods) -> list[str]:
-    """Methods in the order of the table: controls first, the model last, suffixes after the plain method."""
-    rank = {name: index for index, name in enumerate(ORDER)}
-    return sorted(methods, key=lambda method: (rank.get(split_suffix(method)[0], len(ORDER)), split_suffix(method)))
-
-
-def draw(dataset: str, by_split: pd.DataFrame):
-    """Every method's splits and their mean, a row a protocol; a line where the strongest control stands."""
-    names, heads = by_split.index.unique("protocol"), by_split.index.unique("head")
-    bases = list(dict.fromkeys(split_suffix(method)[0] for method in ordered(by_split.index.unique("method"))))
-    columns = [(metric, head) for metric in SHOWN for head in heads]
-    size = (3 + 3 * len(columns), 1 + (1 + 0.27 * len(bases)) * len(names))
-    figure, axes = new_figure(len(names), len(columns), figsize=size, sharey=True, squeeze=False)
-    lowest = by_split.min()
-    limits = {metric: (min(0, lowest[metric]) - 0.02, 1.02) for metric in SHOWN}
-    for row, protocol in enumerate(names):
-        for axis, (metric, head) in zip(axes[row], columns, strict=True):
-            of_method = by_split.loc[(protocol, head), metric].groupby(level="method")
-            means = of_method.mean()
-            best = means[[is_control(method) for method in means.index]].max()
-            axis.axvline(best, color=CONTROL, linestyle=":", linewidth=1.5)
-            for method, values in of_method:
-                base, suffix = split_suffix(method)
-                place = bases.index(base) + {"": 0, "+centred": 0.22, "+standardised": -0.22}[suffix]
-                colour = CONTROL if is_control(method) else MODEL
-                look = {"marker": SUFFIX_MARKS[suffix], "color": colour, "markersize": 5, "zorder": 3}
-                if is_control(method) and means[method] == best:
-                    look |= {"markersize": 8, "markeredgecolor": "black", "zorder": 4}
-                axis.plot(values, np.full(len(values), place), "-", color=colour, linewidth=0.8, alpha=0.5)
-                axis.plot(values, np.full(len(values), place), ".", color=colour, markersize=4, alpha=0.7)
-                axis.plot(means[method], place, linestyle="none", **look)
-            axis.set(title=f"{protocol}, {head}", xlabel=SHOWN[metric], xlim=limits[metric])
+    rows = comparisons[(comparisons["section"] == "pooled") & (comparisons["compared"] == "method")]
+    names = [name for name in PROTOCOLS if name in set(rows["protocol"])]
+    rows = rows.assign(base=rows["method"].map(lambda method: split_suffix(method)[0]))
+    bases = ordered(rows["base"].unique())
+    shown = {"accuracy": "accuracy", "ari": "ARI"}
+    size = (2.2 + 2.7 * len(names), 1.5 + (0.6 + 0.25 * len(bases)) * len(shown))
+    figure, axes = new_figure(len(shown), len(names), figsize=size, sharey=True, sharex="row", squeeze=False)
+    for row, (metric, title) in enumerate(shown.items()):
+        for axis, protocol in zip(axes[row], names, strict=True):
+            of = rows[(rows["protocol"] == protocol) & (rows["metric"] == metric)]
+            axis.axvline(of["control_value"].max(), color=CONTROL, linestyle=":", linewidth=1.5)
+            for place, base in enumerate(bases):
+                mine = of[of["base"] == base]
+                if not len(mine):
+                    continue
+                colour = CONTROL if is_control(base) else MODEL
+                best = mine.loc[mine["value"].idxmax()]
+                axis.plot(mine["value"], np.full(len(mine), place), ".", color=colour, markersize=4, alpha=0.35)
+                axis.plot([best["value_low"], best["value_high"]], [place, place], "-", color=colour, linewidth=2)
+                look = {"markeredgecolor": "black"} if best["value"] == of["control_value"].max() else {}
+                axis.plot(best["value"], place, MARKERS[best["head"]], color=colour, markersize=6, **look)
+            axis.set(title=protocol if not row else "", xlabel=title)
+            axis.set_xlim(min(0, rows.loc[rows["metric"] == metric, "value"].min()) - 0.02, 1.02)
             axis.grid(axis="y", color="#EEEEEE")
             axis.set_axisbelow(True)
         list_rows(axes[row, 0], bases)
         for label in axes[row, 0].get_yticklabels():
             label.set_color(CONTROL if is_control(label.get_text()) else MODEL)
-    for suffix, mark in SUFFIX_MARKS.items():
-        axes[0, 0].plot([], [], mark, color="grey", label=f"each section {suffix[1:]}" if suffix else "as it is")
-    axes[0, 0].plot([], [], ".", color="grey", markersize=4, label="single split")
-    for colour, label in ((CONTROL, "control"), (MODEL, "stpatch (pretrained)")):
+    for head in [head for head in HEADS if head in set(rows["head"])]:
+        axes[0, 0].plot([], [], MARKERS[head], color="grey", label=f"best, by {HEADS[head]}")
+    axes[0, 0].plot([], [], "-", color="grey", linewidth=2, label="its 95% interval")
+    axes[0, 0].plot([], [], ".", color="grey", markersize=4, label="other variants and heads")
+    axes[0, 0].plot([], [], ":", color=CONTROL, label="strongest control (ringed)")
+    for colour, label in ((CONTROL, "control"), (MODEL, "pretrained")):
         axes[0, 0].plot([], [], "s", color=colour, label=label)
-    axes[0, 0].plot([], [], ":", color=CONTROL, label="strongest control of the column (ringed)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
-    headline(figure, f"{dataset}: each split and the mean over splits, all tested spots")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(names))
+    headline(figure, f"{dataset}: mean over splits, all tested spots")
     return figure
 
 
-def score_table(by_split: pd.DataFrame, protocol: str) -> str:
-    """Table of one protocol in HTML: a row a method, mean ± standard deviation over splits, best controls starred."""
-    by_method = by_split.loc[protocol].groupby(level=["head", "method"], sort=False)
-    means, spreads = by_method.mean(), by_method.std()
-    columns = [(head, metric) for head in means.index.unique("head") for metric in SHOWN]
-    methods = ordered(means.index.unique("method"))
-    controls = [method for method in methods if is_control(method)]
-    strongest = {(head, metric): means.loc[head].loc[controls, metric].idxmax() for head, metric in columns}
-    titles = "".join(f"<th>{html.escape(head)}, {SHOWN[metric]}</th>" for head, metric in columns)
-    body = []
-    for method in methods:
-        cells = []
-        for head, metric in columns:
-            mean, spread = means.loc[(head, method), metric], spreads.loc[(head, method), metric]
-            star = method == strongest[head, metric]
-            text = f"{mean:.3f}" + (f" ± {spread:.3f}" if np.isfinite(spread) else "") + (" ★" if star else "")
-            cells.append(f'<td class="number{" best" if star else ""}">{text}</td>')
-        role, style = ("control", "") if is_control(method) else ("pretrained", ' class="model"')
-        body.append(f"<tr{style}><td>{html.escape(method)}</td><td>{role}</td>{''.join(cells)}</tr>")
-    head_row = f"<tr><th>method</th><th></th>{titles}</tr>"
-    return f"<table><thead>{head_row}</thead><tbody>\n" + "\n".join(body) + "</tbody></table>"
-
-
-def _worded(found: pd.DataFrame) -> pd.DataFrame:
-    """Verdicts with the figures beside the names, as the page shows them."""
+def _said(found: pd.DataFrame) -> str:
+    """The verdicts of one protocol as sentences, and of what they speak."""
     if not len(found):
-        return found
-    named = {side: found[side] + found[f"{side}_value"].map(": {:.3f}".format) for side in ("model", "control")}
-    return pd.DataFrame(
-        {
-            "protocol": found["protocol"],
-            "metric": found["metric"].map(SHOWN),
-            "stpatch at its best": named["model"],
-            "strongest control": named["control"],
-            "difference": found["difference"].map("{:+.3f}".format),
-            "stpatch is higher in": found["higher_in"],
-            "stpatch": found["verdict"],
-        }
+        return "<p>Only controls were scored.</p>"
+    lines = "".join(f"<li>{html.escape(verdicts.sentence(row))}</li>" for row in found.itertuples())
+    scopes = dict.fromkeys(verdicts.scope(row) for row in found.itertuples())
+    return f"<ul>{lines}</ul><p class=small>{html.escape(' '.join(scopes))}</p>"
+
+
+def _probes(dataset: str, protocol: str, comparisons: pd.DataFrame) -> str:
+    rows = comparisons[(comparisons["protocol"] == protocol) & (comparisons["compared"] == "method")]
+    pooled = rows[rows["section"] == "pooled"]
+    parts = [_said(verdicts.of_probes(comparisons[comparisons["protocol"] == protocol])), probe_tables(pooled)]
+    if protocol == "random20":
+        parts.append(beside_paper(dataset, pooled))
+    sections = [section for section in rows["section"].unique() if section != "pooled"]
+    by_section = "".join(
+        f"<h3>{html.escape(section)}</h3>" + probe_tables(rows[rows["section"] == section]) for section in sections
+    )
+    parts.append(folded(f"By section ({len(sections)})", by_section))
+    return "".join(parts)
+
+
+def _clustering(scores: pd.DataFrame) -> str:
+    sections = scores[scores["section"] != "pooled"]
+    by_section = "".join(
+        f"<h3>{html.escape(section)}</h3>" + clustering_tables(rows) for section, rows in sections.groupby("section")
+    )
+    return (
+        _said(verdicts.of_clusterings(scores))
+        + clustering_tables(sections)
+        + folded(f"By section ({sections['section'].nunique()})", by_section)
     )
 
 
-def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_contamination: bool) -> str:
-    """The whole page: alarm and stamp where they belong, verdicts, table, notes."""
+def _reconstruction(dataset: str, scores: pd.DataFrame) -> str:
+    found = verdicts.of_reconstructions(scores)
+    parts = [_said(found[found["metric"] == "mse"])]
+    for section, rows in scores.groupby("section", sort=False):
+        windows = rows["head"].str.partition("_")[0]
+        tables = "".join(
+            reconstruction_table(of, metric)
+            for _, of in rows.groupby(windows, sort=False)
+            for metric in ("mse", "mae", "pearson", "r2")
+        )
+        parts.append(tables if section == "pooled" else folded(section, tables))
+    return "".join([*parts, reconstruction_of_paper(dataset, list(scores["head"].unique()))])
+
+
+def scores_page(
+    dataset: str, comparisons: pd.DataFrame, scores: pd.DataFrame, notes: pd.DataFrame, allow_contamination: bool
+) -> str:
+    """The whole page: alarm and stamp where they belong, verdicts, a section a protocol, notes.
+
+    Parameters
+    ----------
+    comparisons
+        Of all heads, one below the other.
+    scores
+        Of all stages; of them the rows of `clustering` and `reconstruction` are shown.
+    notes
+        `stage`, then the columns of the stages' notes.
+    """
     parts = []
     if allow_contamination:
         parts.append(
@@ -193,37 +160,75 @@ def scores_page(dataset: str, scores: pd.DataFrame, notes: pd.DataFrame, allow_c
     if len(simulated):
         what = sorted(set(simulated["section"]) - {""}) + sorted(set(simulated["detail"][simulated["method"] != ""]))
         parts.append(f'<p class="simulated">Simulated data: {html.escape(", ".join(what))}.</p>')
-    if not len(scores):
+    of = {name: scores[scores["protocol"] == name] for name in ("clustering", "reconstruction")}
+    sections = {name: _probes(dataset, name, comparisons) for name in comparisons["protocol"].unique()}
+    if len(of["clustering"]):
+        sections["clustering"] = _clustering(of["clustering"])
+    if len(of["reconstruction"]):
+        sections["reconstruction"] = _reconstruction(dataset, of["reconstruction"])
+    if not sections:
         parts.append("<p>There is nothing to score; the notes say why.</p>")
     else:
-        by_split = pooled(scores)
-        parts.append("<h2>Does pretraining beat the strongest control?</h2>")
-        parts.append(table(_worded(verdicts(by_split)), "Only controls were scored."))
-        for protocol in by_split.index.unique("protocol"):
-            parts.append(f"<h2>All methods: {html.escape(protocol)}</h2>")
-            parts.append(f'<p class="small">{PROTOCOLS[protocol]}</p>')
-            parts.append(score_table(by_split, protocol))
-        parts.append(
-            '<p class="small">Mean ± standard deviation over splits, over all tested spots of a split. ★ strongest '
-            "control of the column. Macro F1, NMI and single sections are in metrics/scores.tsv. stpatch beats a "
-            "control if it is higher in every split. Both are chosen by their mean over these splits; there are more "
-            "variants of controls, so the choice favours the controls.</p>"
+        found = joined(
+            [
+                verdicts.of_probes(comparisons),
+                verdicts.of_clusterings(of["clustering"]),
+                verdicts.of_reconstructions(of["reconstruction"]),
+            ]
         )
+        parts.append("<h2>Does pretraining beat the strongest control?</h2>")
+        found = found.sort_values("protocol", key=lambda names: names.map(list(PROTOCOLS).index), kind="stable")
+        parts.append(verdict_table(found[found["metric"].isin(LEADING)]))
+        parts.append(
+            '<p class="small">Either side is the best of its heads and post-processings, chosen by one rule: under the '
+            "probes on other blocks of tissue than those judged, elsewhere by its mean over all. It beats, or does not, where the "
+            "95% interval of the paired difference lies on one side of 0. Tests are not corrected for their number. In "
+            "the tables ★ is the strongest control of a metric, over all heads; ▲ a lead over it whose interval lies "
+            "above 0. Below each mean is its 95% interval.</p>"
+        )
+    for name, body in sorted(sections.items(), key=lambda item: list(PROTOCOLS).index(item[0])):
+        parts.append(f"<h2>{name}</h2><p class=small>{PROTOCOLS[name]}</p>{body}")
+    missing = [name for name in PROTOCOLS if name not in sections]
+    if missing:
+        parts.append(
+            f"<p>Not measured here: {', '.join(missing)}. Either evaluate.protocols does not ask for them, or the notes say "
+            "why they were skipped.</p>"
+        )
+    rest = notes[notes["kind"] != "simulated"]
     parts.append("<h2>Notes</h2>")
-    parts.append(table(notes[notes["kind"] != "simulated"], "Nothing was left out."))
+    told = table(rest, "Nothing was left out.")
+    parts.append(folded(f"{len(rest)} notes", told) if len(rest) > 20 else told)
     return page(f"Scores: {dataset}", "\n".join(parts))
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """A tidy table of scores or comparisons: text stays text, a section called NA included."""
+    numbers = ["value", "value_low", "value_high", "control_value", "difference", "low", "high", "p"]
+    return pd.read_csv(path, sep="\t", keep_default_na=False, na_values={name: [""] for name in numbers})
+
+
+def read_notes(path: str | Path) -> pd.DataFrame:
+    """The notes of one stage, all text, after the stage's name, which the path tells."""
+    notes = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    notes.insert(0, "stage", Path(path).name.removesuffix(".notes.tsv"))
+    return notes
+
+
+def joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """The tables one below the other; one without rows counts only where all are."""
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
 if __name__ == "__main__":
     from workflow.logs import log_to
 
     log_to(snakemake.log[0])
-    scores = pd.read_csv(snakemake.input.scores, sep="\t")
-    notes = pd.read_csv(snakemake.input.notes, sep="\t", dtype=str, keep_default_na=False)
-    dataset, output = snakemake.wildcards.dataset, snakemake.output
+    given, output, dataset = snakemake.input, snakemake.output, snakemake.wildcards.dataset
+    comparisons = joined([read_table(path) for path in given.comparisons])
+    notes = joined([read_notes(path) for path in given.notes])
     contaminated = snakemake.params.allow_contamination
-    if len(scores):
-        figure = draw(dataset, pooled(scores))
+    if len(comparisons):
+        figure = draw(dataset, comparisons)
     else:
         figure, axes = new_figure(figsize=(8, 2))
         axes.set_axis_off()
@@ -231,4 +236,5 @@ if __name__ == "__main__":
     if contaminated:
         figure.text(0.5, 0.995, "allow_contamination is on", color="#CC3311", ha="center", va="top", fontweight="bold")
     save(figure, output.figure, simulated=bool((notes["kind"] == "simulated").any()))
-    Path(output.page).write_text(scores_page(dataset, scores, notes, contaminated), encoding="utf-8")
+    scores = joined([read_table(path) for path in given.scores])
+    Path(output.page).write_text(scores_page(dataset, comparisons, scores, notes, contaminated), encoding="utf-8")

@@ -32,7 +32,8 @@ def built_tiny(tmp_path_factory) -> Path:
     (directory / "results/curate/admitted.tsv").rename(directory / "made/admitted.tsv")
     (directory / "Snakefile").write_text(finished.SNAKEFILE.format(root=str(ROOT), source="simulated"))
     # A config that only the command line knows must reach the nested call.
-    (directory / "over.yaml").write_text("evaluate: {splits: 2, protocols: [random20, leave_section, blocks]}\n")
+    protocols = "[random20, leave_section, blocks, clustering, reconstruction]"
+    (directory / "over.yaml").write_text(f"evaluate: {{splits: 2, protocols: {protocols}}}\n")
     (directory / "more.yaml").write_text("allow_contamination: true\n")
     call = [sys.executable, "-m", "snakemake", "--cores", "2", "--directory", str(directory)]
     call += ["--snakefile", str(directory / "Snakefile"), "--configfile", "over.yaml", "more.yaml"]
@@ -107,6 +108,24 @@ def test_every_figure_of_the_report_loads_and_no_request_leaves_the_file(opened)
     assert shown == set(listed)
     assert [url for url in opened.asked if not url.startswith(LOCAL)] == []
     assert opened.failed == []
+
+
+def test_pages_of_scores_need_no_horizontal_scroll_at_1280_pixels(browser, report):
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.goto(report.as_uri())
+    page.click("text=4 Scores")
+    n_pages = 0
+    for number in range(page.locator("a[iconname=eye]").count()):
+        page.locator("a[iconname=eye]").nth(number).click()
+        if page.evaluate("results[app.state.resultPath].mime_type") == "text/html":
+            page.frame_locator("iframe").locator("h1").wait_for()
+            (frame,) = page.main_frame.child_frames
+            frame.evaluate("document.querySelectorAll('details').forEach(part => (part.open = true))")
+            wide, shown = frame.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+            assert wide <= shown < 1280
+            n_pages += 1
+    assert n_pages
+    page.close()
 
 
 def test_every_figure_has_a_caption_and_a_category(opened):

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import json
+import types
 
 import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 from tests import finished
-from workflow import curve, drawn, fill, maps, panels, plotting, qc, report, scoreboard
+from workflow import (
+    clustering_figure,
+    confusion,
+    curve,
+    drawn,
+    fill,
+    intervals,
+    maps,
+    panels,
+    paper_tables,
+    plotting,
+    qc,
+    reconstruction_figure,
+    report,
+    score_tables,
+    scoreboard,
+    verdicts,
+)
+from workflow.assemble import COLUMNS, NOTES
 from workflow.grid import read_grid
-from workflow.score import COLUMNS
+from workflow.intervals import is_control
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +42,36 @@ def results(tmp_path_factory):
     return folder
 
 
-def scores(protocol: str = "random20", **values: float) -> pd.DataFrame:
-    """A score table of one dataset: method (`method__head`) -> accuracy and ARI in split 0; split 1 is .01 higher."""
+def comparisons(protocol: str = "random20", half: float = 0.01, **values: float) -> pd.DataFrame:
+    """A table of comparisons: `method__head` -> value of every metric; half of all intervals is given."""
+    keys = {tuple(key.replace("_plus_", "+").split("__")): value for key, value in values.items()}
+    strongest = max((key for key in keys if is_control(key[0])), key=keys.get)
+    models = [key for key in keys if not is_control(key[0])]
     rows = []
-    for key, value in values.items():
-        method, head = key.split("__")
-        for split in (0, 1):
-            for metric in ("accuracy", "ari", "macro_f1", "nmi"):
-                for section in ("pooled", "a"):
-                    rows.append(("d", section, method.replace("_plus_", "+"), head, protocol, split, metric, value))
-                    value = min(value + 0.01 * split, 1)
+    for section in ("pooled", "a"):
+        for metric in intervals.METRICS:
+            compared = [(key, "method") for key in keys]
+            compared += [(max(models, key=keys.get), "best")] if models and section == "pooled" else []
+            for key, kind in compared:
+                lead = 0.0 if key == strongest else keys[key] - keys[strongest]
+                around = half if key != strongest else 0.0
+                value = keys[key], keys[key] - half, keys[key] + half
+                row = ("d", protocol, section, metric, *key, kind, *value, *strongest, keys[strongest])
+                rows.append((*row, lead, lead - around, lead + around, 0.01, "blocks", 40, 2, 1))
+    return pd.DataFrame(rows, columns=intervals.COMPARISONS)
+
+
+def clusterings() -> pd.DataFrame:
+    """A clustering table of three sections: stpatch leads pca by .1, .2 and .3; two repeats .1 apart."""
+    rows = []
+    for index, section in enumerate("abc"):
+        for method, ari in (("labels", np.nan), ("one_domain", 0.0), ("pca", 0.3), ("stpatch", 0.4 + 0.1 * index)):
+            head = "none" if method in ("labels", "one_domain") else "kmeans"
+            metrics = ("chaos", "pas") if method == "labels" else ("ari", "nmi", "homogeneity", "chaos", "pas")
+            for metric in metrics:
+                for repeat in (0, 1) if head != "none" else (0,):
+                    value = 0.05 if metric in ("chaos", "pas") else ari + 0.1 * repeat - (0.05 if head != "none" else 0)
+                    rows.append(("d", section, method, head, "clustering", repeat, metric, value))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -188,104 +228,254 @@ def test_a_run_without_validation_says_so():
 # Scores
 
 
-def test_the_strongest_control_is_chosen_over_all_variants_and_heads():
-    by_split = scoreboard.pooled(
-        scores(pca__knn=0.5, pca_plus_centred__logistic=0.7, untrained__knn=0.6, stpatch__knn=0.65, majority__none=0.2)
-    )
-    found = scoreboard.verdicts(by_split).set_index("metric").loc["accuracy"]
-    assert (found["control"], found["model"]) == ("pca+centred, logistic", "stpatch, knn")
-    assert found["verdict"] == "does not beat it"
-    assert found["higher_in"] == "0 of 2 splits"
-    assert found["difference"] == pytest.approx(-0.05)
-
-
-def test_the_untrained_encoder_is_a_control():
-    by_split = scoreboard.pooled(scores(untrained__knn=0.9, stpatch__knn=0.8))
-    assert set(scoreboard.verdicts(by_split)["verdict"]) == {"does not beat it"}
-    better = scoreboard.pooled(scores(untrained__knn=0.7, stpatch_plus_centred__knn=0.8))
-    assert set(scoreboard.verdicts(better)["verdict"]) == {"beats it"}
-
-
 @pytest.mark.parametrize(
-    ("lead", "said"),
+    ("metric", "low", "high", "said"),
     [
-        ([0.1, 0.001], "beats it"),
-        ([0.1], "beats it"),
-        ([0.1, -0.01], "undecided"),
-        ([0.1, 0.0], "undecided"),
-        ([0.01, -0.1], "does not beat it"),
-        ([0.01, -0.01], "does not beat it"),
-        ([0.0, 0.0], "does not beat it"),
-        ([-0.1, -0.1], "does not beat it"),
+        ("accuracy", 0.01, 0.1, "beats"),
+        ("accuracy", -0.01, 0.1, "undecided"),
+        ("accuracy", -0.1, -0.01, "does not beat"),
+        ("accuracy", 0.0, 0.0, "does not beat"),
+        ("accuracy", np.nan, np.nan, "undecided"),
+        ("mse", -0.1, -0.01, "beats"),
+        ("mse", 0.01, 0.1, "does not beat"),
     ],
 )
-def test_a_control_is_beaten_in_every_split_or_it_is_not_said(lead, said):
-    assert scoreboard.worded(pd.Series(lead)) == said
+def test_a_control_is_beaten_where_the_whole_interval_lies_on_the_better_side(metric, low, high, said):
+    assert verdicts.judged(types.SimpleNamespace(metric=metric, low=low, high=high)) == said
 
 
-def test_the_majority_class_stands_under_every_head():
-    by_split = scoreboard.pooled(scores(majority__none=0.3, pca__knn=0.5, pca__logistic=0.6))
-    for head in ("knn", "logistic"):
-        assert by_split.loc[("random20", head, "majority", 0), "accuracy"] == pytest.approx(0.3)
+def test_a_verdict_names_both_sides_their_figures_and_of_what_it_speaks():
+    table = comparisons(
+        "blocks", pca__knn=0.5, untrained__knn=0.6, stpatch_plus_centred__logistic=0.7, stpatch__knn=0.65
+    )
+    (row,) = verdicts.of_probes(table[table["metric"] == "accuracy"]).itertuples()
+    said = verdicts.sentence(row)
+    assert said.startswith(
+        "accuracy: beats the strongest control; stpatch+centred, logistic: 0.700 against untrained, knn: 0.600"
+    )
+    assert "+0.100 [+0.090, +0.110], p = 0.01" in said
+    assert "40 blocks of tissue drawn again within 2 sections" in verdicts.scope(row)
+    assert "claims nothing of other tissue" in verdicts.scope(row)
 
 
-NOTES = ["kind", "protocol", "split", "section", "method", "head", "detail"]
+def test_a_control_without_head_is_named_without_one_and_without_interval_nothing_is_decided():
+    table = comparisons(half=np.nan, majority__none=0.5, stpatch__knn=0.7)
+    (row,) = verdicts.of_probes(table[table["metric"] == "ari"]).itertuples()
+    assert "undecided, 40 blocks tell no interval; stpatch, knn: 0.700 against majority: 0.500" in verdicts.sentence(
+        row
+    )
+
+
+def test_clusterings_are_paired_by_section_and_the_true_domains_are_no_control():
+    (row,) = (row for row in verdicts.of_clusterings(clusterings()).itertuples() if row.metric == "ari")
+    assert (row.method, row.control, row.over, row.n_units) == ("stpatch", "pca", "sections", 3)
+    assert row.difference == pytest.approx(0.2)
+    half = 0.1 / np.sqrt(3) * scipy.stats.t.ppf(0.975, 2)
+    assert (row.low, row.high) == pytest.approx((0.2 - half, 0.2 + half))
+    assert verdicts.judged(row) == "undecided"
+
+
+def test_reconstructions_are_paired_by_repeat_and_the_lower_error_wins():
+    table = finished.reconstructions()
+    found = verdicts.of_reconstructions(table).set_index(["head", "metric"])
+    for side in (2, 4):
+        row = found.loc[f"window8_side{side}", "mse"]
+        values = table[(table["section"] == "pooled") & (table["head"] == row.name[0]) & (table["metric"] == "mse")]
+        values = values.pivot(index="split", columns="method", values="value")
+        expected = scipy.stats.ttest_rel(values["stpatch"], values["kriging"])
+        assert (row["method"], row["control"], row["n_units"], row["n_sections"]) == ("stpatch", "kriging", 4, 2)
+        assert row["p"] == pytest.approx(expected.pvalue)
+        assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval()))
+    assert found.loc[("window8_side4", "pearson"), "control"] == "kriging"
+
+
+NO_SCORES = pd.DataFrame(columns=COLUMNS)
+NO_NOTES = pd.DataFrame(columns=["stage", *NOTES])
+
+
+def page_of(table: pd.DataFrame, scores: pd.DataFrame = NO_SCORES, dataset: str = "d") -> str:
+    return scoreboard.scores_page(dataset, table, scores, NO_NOTES, allow_contamination=False)
+
+
+def cells_of(page: str, method: str) -> list[str]:
+    """The cells of the first row of a method, the name left out."""
+    line = next(line for line in page.splitlines() if f"<td>{method}</td>" in line)
+    return line.split(f"<td>{method}</td>")[1].replace("</tr>", "").split("</td>")[:-1]
 
 
 def test_the_page_of_scores_marks_contamination_in_red_and_simulated_data():
-    rows = scores(pca__knn=0.5, stpatch__knn=0.6)
-    notes = pd.DataFrame([["simulated", "", "", "a", "", "", "simulated slice"]], columns=NOTES)
-    page = scoreboard.scores_page("d", rows, notes, allow_contamination=True)
+    rows = comparisons(pca__knn=0.5, stpatch__knn=0.6)
+    notes = pd.DataFrame([["score", "simulated", "", "", "a", "", "", "simulated slice"]], columns=NO_NOTES.columns)
+    page = scoreboard.scores_page("d", rows, NO_SCORES, notes, allow_contamination=True)
     assert 'class="alarm"' in page
     assert "Simulated data: a." in page
-    clean = scoreboard.scores_page("d", rows, notes.iloc[:0], allow_contamination=False)
+    clean = page_of(rows)
     assert 'class="alarm"' not in clean
     assert "Simulated" not in clean
 
 
-def test_the_page_stars_the_strongest_control_and_never_the_model():
-    page = scoreboard.scores_page(
-        "d", scores(pca__knn=0.5, raw__knn=0.4, stpatch__knn=0.6), pd.DataFrame(columns=NOTES), False
+def test_the_table_stars_the_strongest_control_over_all_heads_and_marks_clear_leads():
+    page = page_of(
+        comparisons(pca__knn=0.5, pca__logistic=0.55, raw__knn=0.4, stpatch__knn=0.6, stpatch__logistic=0.555)
     )
-    rows = {line.split("</td>")[0].split("<td>")[-1]: line for line in page.splitlines() if "<td>" in line}
-    assert rows["pca"].count("★") == 2
-    assert "★" not in rows["stpatch"]
-    assert "★" not in rows["raw"]
+    assert [("★" in cell) for cell in cells_of(page, "pca")] == [False] * 4 + [True] * 4
+    assert [("▲" in cell) for cell in cells_of(page, "stpatch")] == [True] * 4 + [False] * 4
+    assert not any("★" in cell or "▲" in cell for cell in cells_of(page, "raw")[:4])
+    assert "0.400<i>0.39, 0.41</i>" in cells_of(page, "raw")[0]
+
+
+def test_the_majority_class_stands_under_every_head():
+    page = page_of(comparisons(majority__none=0.3, pca__knn=0.5, pca__logistic=0.6))
+    assert len([cell for cell in cells_of(page, "majority") if "0.300" in cell]) == 8
+    assert "Only controls were scored" in page
+
+
+def test_the_mlp_has_a_table_of_its_own():
+    page = page_of(comparisons(majority__none=0.3, pca__knn=0.5, pca__mlp=0.6, raw__knn=0.4))
+    tables = page.split("<table")[1:]
+    assert sum("MLP" in table for table in tables) == 2  # pooled and of the one section
+    assert all("raw" not in table.split("</table>")[0] for table in tables if "MLP" in table)
 
 
 def test_a_dataset_without_labels_gets_a_page_that_says_so():
-    page = scoreboard.scores_page("d", pd.DataFrame(columns=COLUMNS), pd.DataFrame(columns=NOTES), False)
+    page = page_of(pd.DataFrame(columns=intervals.COMPARISONS))
     assert "nothing to score" in page
+    assert "Not measured here: random20, blocks, blocks_buffered, leave_section" in page
 
 
-def test_the_score_figure_shows_every_method_protocol_and_head():
-    by_split = scoreboard.pooled(
-        scores(pca__knn=0.5, raw__logistic=0.4, pca__logistic=0.4, raw__knn=0.3, stpatch__knn=0.6)
+def test_the_page_says_of_each_protocol_how_it_leaks_and_which_were_left_out():
+    for protocol, said in (
+        ("leave_section", "share their layout"),
+        ("leave_donor", "does not leak"),
+        ("random20", "leaks"),
+    ):
+        page = page_of(comparisons(protocol, pca__knn=0.5, stpatch__knn=0.6))
+        assert said in page
+        missing = page.split("Not measured here: ")[1].split(".")[0].split(", ")
+        assert missing == [name for name in scoreboard.PROTOCOLS if name != protocol]
+
+
+def test_clustering_and_reconstruction_have_their_tables():
+    page = page_of(comparisons(pca__knn=0.5, stpatch__knn=0.6), pd.concat([clusterings(), finished.reconstructions()]))
+    for part in ("<h2>clustering</h2>", "<h2>reconstruction</h2>", "2 of 8", "homogeneity", "CHAOS", "R²", "kriging"):
+        assert part in page
+    assert "MSE, 4 of 8: beats the strongest control; stpatch: 0.6" in page
+    of_clustering = page.split("<h2>clustering</h2>")[1].split("<h2>")[0]
+    assert "0.300 ★" in cells_of(of_clustering, "pca")[0]
+    assert ["0.050" in cell for cell in cells_of(of_clustering, "labels")] == [True, True]
+
+
+def test_the_papers_figures_stand_beside_ours_labelled_and_footnoted_under_its_protocol_alone():
+    page = page_of(comparisons(pca__knn=0.5, stpatch__knn=0.6), dataset="DLPFC")
+    paper = [line for line in page.splitlines() if 'class="paper"' in line]
+    assert sum("<td>patch_24</td>" in line and "0.775<sup>1,2</sup>" in line for line in paper) == 1
+    assert "not measured here" in page
+    assert "47,329 labelled spots" in page
+    assert 'class="paper"' not in page_of(comparisons("blocks", pca__knn=0.5, stpatch__knn=0.6), dataset="DLPFC")
+    assert 'class="paper"' not in page_of(comparisons(pca__knn=0.5, stpatch__knn=0.6), dataset="Mine")
+
+
+def test_table_7_of_the_paper_stands_below_reconstructions_of_its_sizes():
+    table = finished.reconstructions()
+    ours = table.assign(
+        head=table["head"].replace({"window8_side2": "window24_side8", "window8_side4": "window24_side10"})
     )
-    text = text_of(scoreboard.draw("d", by_split))
-    for part in ("pca", "raw", "stpatch", "random20, knn", "random20, logistic", "accuracy", "ARI"):
+    of_paper = page_of(comparisons(pca__knn=0.5), ours, "DLPFC").split("(Table 7)")[0].rsplit("<table", 1)[1]
+    assert [cell.split(">")[-1] for cell in cells_of(of_paper, "patch_24")] == ["0.253", "0.253", "0.190", "0.189"]
+    assert [cell.split(">")[-1] for cell in cells_of(of_paper, "scgpt_spatial")] == ["0.329", "0.340", "0.334", "0.339"]
+    assert "patch_30" not in of_paper
+    assert "(Table 7)" not in page_of(comparisons(pca__knn=0.5), table, "DLPFC")
+
+
+def test_an_interval_ends_where_its_metric_does():
+    told = intervals.Interval(0.9, -2.0, 1.4, 0.5)
+    assert score_tables.within("ari", told)[1:3] == (-0.5, 1)
+    assert score_tables.within("nmi", told)[1:3] == (0, 1)
+
+
+def test_methods_stand_in_the_order_controls_others_untrained_ours():
+    shuffled = [
+        "stpatch_spot",
+        "novae",
+        "stpatch+centred",
+        "untrained",
+        "stpatch",
+        "pca",
+        "majority",
+        "neighbour_mean_6",
+    ]
+    expected = [
+        "majority",
+        "pca",
+        "neighbour_mean_6",
+        "novae",
+        "untrained",
+        "stpatch",
+        "stpatch+centred",
+        "stpatch_spot",
+    ]
+    assert score_tables.ordered(shuffled) == expected
+
+
+def test_the_score_figure_shows_every_method_and_protocol_and_stays_within_what_a_metric_can_be():
+    table = pd.concat(
+        [
+            comparisons("random20", pca__knn=0.5, raw__logistic=0.4, pca__logistic=0.3, stpatch__knn=0.99),
+            comparisons("blocks", pca__knn=0.2, raw__logistic=-0.1, stpatch__knn=0.6),
+        ]
+    )
+    figure = scoreboard.draw("d", table)
+    accuracy = figure.axes[0]
+    assert accuracy.get_xlim() == pytest.approx((-0.12, 1.02))
+    dots = np.concatenate([line.get_xdata() for line in accuracy.lines if line.get_marker() == "."])
+    assert set(dots) == {0.5, 0.4, 0.3, 0.99}
+    text = text_of(figure)
+    for part in ("pca", "raw", "stpatch", "random20", "blocks", "accuracy", "ARI", "best, by logistic"):
         assert part in text
 
 
-def test_every_split_is_drawn_and_no_axis_goes_beyond_what_a_metric_can_be():
-    by_split = scoreboard.pooled(scores(pca__knn=0.2, stpatch__knn=0.99))
-    by_split.loc[("random20", "knn", "pca", 0), "ari"] = -0.1
-    figure = scoreboard.draw("d", by_split)
-    accuracy, ari = figure.axes
-    assert accuracy.get_xlim() == pytest.approx((-0.02, 1.02))
-    assert ari.get_xlim() == pytest.approx((-0.12, 1.02))
-    dots = np.concatenate([line.get_xdata() for line in accuracy.lines if line.get_marker() == "."])
-    assert set(by_split["accuracy"]) <= set(dots)
+def test_the_clustering_figure_draws_each_section_and_the_true_domains():
+    figure = clustering_figure.draw("d", clusterings())
+    ari = figure.axes[0]
+    small = np.concatenate([line.get_xdata() for line in ari.lines if line.get_marker() == "." and line.get_alpha()])
+    assert sorted(small) == pytest.approx([0, 0, 0, 0.3, 0.3, 0.3, 0.4, 0.5, 0.6])
+    large = [line.get_xdata()[0] for line in ari.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert sorted(large) == pytest.approx([0.3, 0.5])
+    assert [len([line for line in axis.lines if line.get_linestyle() == "--"]) for axis in figure.axes] == [0, 1, 1]
+    assert [label.get_text() for label in ari.get_yticklabels()] == ["one_domain", "pca", "stpatch"]
     plotting.plt.close(figure)
 
 
-def test_the_page_says_of_each_protocol_how_it_leaks():
-    for protocol, said in (("leave_section", "share their layout"), ("leave_donor", "does not leak")):
-        page = scoreboard.scores_page(
-            "d", scores(protocol, pca__knn=0.5, stpatch__knn=0.6), pd.DataFrame(columns=NOTES), False
-        )
-        assert said in page
-        assert "the choice favours the controls" in page
+def test_the_reconstruction_figure_draws_means_over_repeats_at_their_sides():
+    table = finished.reconstructions()
+    figure = reconstruction_figure.draw("d", table)
+    lines = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    mean = table[(table["method"] == "kriging") & (table["section"] == "pooled") & (table["metric"] == "mse")]
+    drawn = lines["kriging"].lines[0]
+    assert drawn.get_ydata() == pytest.approx(mean.groupby("head")["value"].mean().to_numpy())
+    assert np.round(drawn.get_xdata().astype(float)).tolist() == [2, 4]
+    assert set(lines) == set(table["method"])
+    assert "window of 8 cells" in text_of(figure)
+
+
+# The paper's tables
+
+
+def test_the_papers_means_are_the_means_of_its_six_sets_but_for_those_footnoted():
+    for (_, method, _, _), rows in paper_tables.paper_scores().groupby(["table", "method", "head", "metric"]):
+        values = rows.set_index("dataset")["value"]
+        if len(values) == 7 and method != "stofm":
+            assert values.drop("mean").mean() == pytest.approx(values["mean"], abs=6e-4), method
+    stofm = paper_tables.paper_scores(method="stofm", dataset="mean")
+    assert "average .561" in paper_tables.footnotes(stofm)["stofm_mean"]
+
+
+def test_every_footnote_that_a_figure_names_has_a_text_and_the_other_way_round():
+    rows = paper_tables.paper_scores()
+    named = {note for notes in rows["note"] for note in notes.split(",")} - {""}
+    assert set(paper_tables.footnotes(rows)) == named
+    assert named == set(pd.read_csv(paper_tables.TABLES / "paper_notes.tsv", sep="\t")["note"])
+    assert rows.groupby("table").size().to_dict() == {1: 98, 2: 7, 3: 98, 4: 14, 5: 6, 6: 6, 7: 72}
 
 
 # Maps
@@ -299,8 +489,9 @@ def test_maps_draw_the_best_of_either_side():
             "leave_section:stpatch:knn": list("xyyx"), "leave_section:stpatch+centred:logistic": list("xxyy"),
         }
     )  # fmt: skip
-    # Of all spots pca meets more labels; the scoreboard's mean over splits ranks raw first, and it decides.
-    table = scores("leave_section", pca__knn=0.7, raw__knn=0.8, stpatch__knn=0.5, stpatch_plus_centred__logistic=0.9)
+    # Of all spots pca meets more labels; the mean over splits ranks raw first, and it decides.
+    values = {"pca__knn": 0.7, "raw__knn": 0.8, "stpatch__knn": 0.5, "stpatch_plus_centred__logistic": 0.9}
+    table = comparisons("leave_section", **values)
     assert maps.best_columns(predictions, table) == {
         "stpatch": "leave_section:stpatch+centred:logistic",
         "strongest control": "leave_section:raw:knn",
@@ -315,13 +506,32 @@ def test_the_majority_class_can_be_the_control_that_is_mapped():
         {"section": "a", "spot": [0, 1], "label": list("xy"), "random20:majority:none": list("xx"),
          "random20:raw:knn": list("yx")}
     )  # fmt: skip
-    table = scores(majority__none=0.5, raw__knn=0.1)
+    table = comparisons(majority__none=0.5, raw__knn=0.1)
     assert maps.best_columns(predictions, table) == {"strongest control": "random20:majority:none"}
 
 
 def test_spots_that_were_not_predicted_do_not_count_as_errors():
     predictions = pd.DataFrame({"label": list("xxyy"), "random20:pca:knn": ["x", "", "", "x"]})
     assert maps.correct(predictions, "random20:pca:knn") == 0.5
+
+
+def test_errors_are_told_apart_by_who_made_them():
+    predictions = pd.DataFrame({"label": list("xxyyx"), "a": ["x", "y", "y", "x", ""], "b": ["x", "x", "x", "x", "x"]})
+    np.testing.assert_equal(maps.errors(predictions, ["a", "b"]), [0, 1, 2, 3, np.nan])
+    assert list(maps.ERRORS) == ["none", "stpatch", "control", "both"]
+
+
+def test_confusion_is_the_share_of_each_true_domains_tested_spots():
+    predictions = pd.DataFrame(
+        {"section": "a", "label": list("xxxxyyz"), "random20:pca:knn": ["x", "x", "x", "y", "y", "", ""]}
+    )
+    table = confusion.shares(predictions, "random20:pca:knn", list("xyz"))
+    np.testing.assert_equal(table, [[0.75, 0.25, 0], [0, 1, 0], [np.nan] * 3])
+    text = text_of(
+        confusion.draw("d", predictions, comparisons(pca__knn=0.5, stpatch__knn=0.4).query("compared == 'method'"))
+    )
+    for part in ("strongest control: accuracy 0.800", "pca, knn", "0.75", "random20"):
+        assert part in text
 
 
 # Saving
