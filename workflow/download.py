@@ -42,6 +42,7 @@ POSITIONS = ("tissue_positions.csv", "tissue_positions_list.csv")
 SCALEFACTORS = "scalefactors_json.json"
 SPATIAL = re.compile(r"spatial\.(tar\.gz|tgz|tar|zip)$", re.IGNORECASE)
 H5AD_FORMATS = ("h5ad", "cellxgene")
+MACOS = ("._", "__MACOSX")  # what macOS leaves beside each file of an archive: a pattern would match both
 
 
 def download(row: dict[str, str], folder: Path, lock: Lock, **options) -> dict:
@@ -247,7 +248,7 @@ def unpack(archive: Source, patterns: tuple[str, ...], row: dict[str, str], fold
     -------
     Entries of files.json, with `member`.
     """
-    names = names_in(archive)
+    names = [name for name in names_in(archive) if not any(part.startswith(MACOS) for part in name.split("/"))]
     for pattern in patterns:
         if not _matching(names, pattern):
             raise problem(
