@@ -1,12 +1,14 @@
 """What a large corpus costs: the plan of a thousand slices timed, some of them built, and the shipped catalogue reckoned from these.
 
-    python benchmarks/scale.py [--plan 1000] [--build 50] [--cores 2] [--keep DIR] [--catalogue catalogue/visium_human.tsv]
+    python benchmarks/scale.py [--plan 1000 10000] [--build 50] [--cores 2] [--keep DIR] [--catalogue catalogue/visium_human.tsv]
+    python benchmarks/scale.py --plan 0 --build 1000 --tiny
 
 All slices are simulated (docs/simulator.md), as large as real ones: four kinds in turn, as four sources deposit them, with as
 many genes as a probe set or a whole transcriptome has, and as deep as cortex or lymph node. They run through the repository's
 own rules with its default config. Seconds are those of Snakemake's `benchmark:` files; these sample the memory twice a second
 and miss a short peak, so each job also notes its peak and its CPU seconds itself when it ends (Linux). A build that was stopped
-goes on in the folder that --keep names.
+goes on in the folder that --keep names. With --tiny the slices have 64 spots and 60 genes, files of their own: what is left of a
+job's time is what it costs to have a job at all.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import yaml  # noqa: E402
+
 from workflow.catalogue import columns, load_catalogue  # noqa: E402
+from workflow.simulate import choose_genes, tiny_slice  # noqa: E402
 
 # format, layout and settings of a simulated slice (workflow/simulate.py); the last one is as deep as a lymph node
 KINDS = (
@@ -35,6 +40,15 @@ KINDS = (
     ("cellxgene", "cellxgene?n_genes=36601&median_depth=8000&spread=1.3"),
     ("geo", "geo?n_genes=18085&median_depth=16000&spread=1.5"),
 )
+TINY = {  # config of the tiny ones, over the default
+    "window": [6, 6],
+    "genes": 24,
+    "windows_per_slice": 16,
+    "min_genes": 0,
+    "components": 8,
+    "component_spots": 500,
+    "shard_mb": 4,
+}
 HEADER = (
     "slice",
     "dataset",
@@ -85,25 +99,43 @@ atexit.register(note)
 """
 
 
-def write_corpus(folder: Path, n: int) -> list[str]:
-    """Write catalogue and config of ``n`` simulated slices into ``folder``; returns their names."""
+def write_corpus(folder: Path, n: int, tiny: bool = False) -> list[str]:
+    """Write catalogue and config of ``n`` simulated slices into ``folder``, and where they are tiny their files; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"simulated{i:04d}" for i in range(n)]
+    names = [f"simulated{i:0{max(4, len(str(n - 1)))}d}" for i in range(n)]
     with open(folder / "slices.tsv", "w") as table:
         table.write("\t".join(HEADER) + "\n")
         for i, name in enumerate(names):
-            layout, accession = KINDS[i % len(KINDS)]
+            format_, accession = KINDS[i % len(KINDS)]
+            source, url = "simulated", f"resources/simulated/{name}"
+            if tiny:
+                source, format_, accession, url = "file", "h5ad", "", f"tiny/{name}.h5ad"
             split = "val" if i % 20 == 19 else "train"
-            row = (name, "Simulated", split, "simulated", accession, f"resources/simulated/{name}", layout, "human",
+            row = (name, "Simulated", split, source, accession, url, format_, "human",
                    "simulated Visium", f"simulated_donor{i}", "simulated by workflow/simulate.py; no patient")  # fmt: skip
             table.write("\t".join(row) + "\n")
     (folder / "evaluated.tsv").write_text("\t".join(HEADER) + "\n")
-    (folder / "scale.yaml").write_text("catalogue: slices.tsv\ndownstream: evaluated.tsv\n")
+    config = {"catalogue": "slices.tsv", "downstream": "evaluated.tsv"}
+    (folder / "scale.yaml").write_text(yaml.safe_dump(config | (TINY if tiny else {})))
+    if tiny:
+        write_tiny(folder / "tiny", names)
     return names
 
 
-def snakemake(folder: Path, *arguments: str, notes: Path | None = None) -> tuple[float, float, str]:
-    """Run the repository's Snakefile in ``folder``: wall seconds, CPU seconds with those of all jobs, and what it printed.
+def write_tiny(folder: Path, names: Iterable[str]) -> None:
+    """One h5ad of 64 spots and 60 genes a name; those that are there already stay."""
+    folder.mkdir(exist_ok=True)
+    genes, _ = choose_genes(ROOT / "catalogue/aux/genes_human.tsv", 60)
+    for seed, name in enumerate(names):
+        if not (folder / f"{name}.h5ad").is_file():
+            made = tiny_slice(seed=seed, shape=(8, 16), holes=False, name=name)
+            made.var_names = genes
+            del made.uns["stpatch"]
+            made.write_h5ad(folder / f"{name}.h5ad")
+
+
+def snakemake(folder: Path, *arguments: str, notes: Path | None = None) -> tuple[float, float, float, str]:
+    """Run the repository's Snakefile in ``folder``: wall and CPU seconds, peak MB (of all jobs too), and what it printed.
 
     Raises
     ------
@@ -117,15 +149,17 @@ def snakemake(folder: Path, *arguments: str, notes: Path | None = None) -> tuple
         (hook / "sitecustomize.py").write_text(NOTE)
         env |= {"PYTHONPATH": str(hook), "SCALE_NOTES": str(notes)}
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)]
-    start, before = time.monotonic(), children_cpu()
-    done = subprocess.run(
+    start = time.monotonic()
+    with subprocess.Popen(
         [*command, "--configfile", "scale.yaml", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=folder,
-    )  # fmt: skip
-    seconds, cpu = time.monotonic() - start, children_cpu() - before
-    if done.returncode:
-        raise SystemExit(f"snakemake {' '.join(arguments)} failed in {folder}:\n{done.stdout[-4000:]}")
-    return seconds, cpu, done.stdout
+    ) as started:  # fmt: skip
+        printed = started.stdout.read()
+        _, status, used = os.wait4(started.pid, 0)
+        started.returncode = os.waitstatus_to_exitcode(status)
+    if started.returncode:
+        raise SystemExit(f"snakemake {' '.join(arguments)[:200]} failed in {folder}:\n{printed[-4000:]}")
+    return time.monotonic() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, printed
 
 
 def children_cpu() -> float:
@@ -163,8 +197,8 @@ def pretend_admitted(folder: Path, names: Iterable[str]) -> None:
         touch(f"results/curate/{name}.tsv")
 
 
-def time_plans(folder: Path, n: int) -> list[tuple[str, int, float, float]]:
-    """(what, jobs, wall seconds, CPU seconds) of the dry runs of ``n`` slices: nothing done yet; admitted, shards to come; and the whole job."""
+def time_plans(folder: Path, n: int) -> list[tuple[str, int, float, float, float]]:
+    """(what, jobs, wall seconds, CPU seconds, peak MB) of the dry runs of ``n`` slices: nothing done yet; admitted, shards to come; and the whole job."""
     names = write_corpus(folder, n)
     found = [("`data`, nothing done yet", *dry_run(folder, "data"))]
     pretend_admitted(folder, names)
@@ -173,11 +207,11 @@ def time_plans(folder: Path, n: int) -> list[tuple[str, int, float, float]]:
     return found
 
 
-def dry_run(folder: Path, target: str) -> tuple[int, float, float]:
-    """Jobs planned, wall and CPU seconds."""
+def dry_run(folder: Path, target: str) -> tuple[int, float, float, float]:
+    """Jobs planned, wall and CPU seconds, peak MB."""
     # nothing was run here, so there is no record of code and params to compare with: times of files decide
-    seconds, cpu, printed = snakemake(folder, "--dry-run", "--rerun-triggers", "mtime", "--", target)
-    return planned_jobs(printed)["total"], seconds, cpu
+    *took, printed = snakemake(folder, "--dry-run", "--rerun-triggers", "mtime", "--", target)
+    return planned_jobs(printed)["total"], *took
 
 
 def size_of(path: Path) -> int:
@@ -185,22 +219,23 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
-def build(folder: Path, n: int, cores: int) -> dict:
-    """Build ``n`` slices up to shards and whole slices, and add up what each stage took and left.
+def build(folder: Path, n: int, cores: int, tiny: bool = False) -> dict:
+    """Build ``n`` slices up to shards, and of large ones the whole slices too; add up what each stage took and left.
 
     Returns
     -------
     dict
         ``slices``, ``admitted``, ``spots`` (of each admitted slice); of this run, which may have resumed another: ``wall_s``,
-        ``jobs``, ``between_s`` (CPU seconds of Snakemake itself and of shells); ``stages``: name -> ``jobs``, ``s``, ``cpu_s``
+        ``jobs``, ``between_s`` (CPU seconds of Snakemake itself and of shells); ``records``, the files in which Snakemake keeps
+        what it ran; ``stages``: name -> ``jobs``, ``s``, ``cpu_s``
         (both of all jobs together), ``peak_mb`` (the highest), ``bytes`` (of all slices).
     """
-    names = write_corpus(folder, n)
+    names = write_corpus(folder, n, tiny)
     notes = folder / "notes.tsv"
     notes.touch()
     earlier = len(notes.read_text().splitlines())
-    wholes = [f"results/shards/slices/{name}.tar" for name in names]
-    wall, cpu, _ = snakemake(folder, "--cores", str(cores), "--", "data", *wholes, notes=notes)
+    wholes = [] if tiny else [f"results/shards/slices/{name}.tar" for name in names]
+    wall, cpu, _, _ = snakemake(folder, "--cores", str(cores), "--", "data", *wholes, notes=notes)
     lines = [(stage, float(peak), float(used)) for stage, peak, used in map(str.split, notes.read_text().splitlines())]
     stages = {}
     for stage in sorted({stage for stage, _, _ in lines}, key=STAGES.index):
@@ -222,6 +257,7 @@ def build(folder: Path, n: int, cores: int) -> dict:
     return {
         "slices": n, "admitted": len(spots), "spots": spots, "stages": stages,
         "wall_s": wall, "jobs": len(ran), "between_s": cpu - sum(used for _, _, used in ran),
+        "records": sum(1 for path in (folder / ".snakemake/metadata").rglob("*") if path.is_file()),
     }  # fmt: skip
 
 
@@ -235,10 +271,12 @@ def start_up(stage: str) -> float:
     return min(taken)
 
 
-def print_plans(n: int, plans: list[tuple[str, int, float, float]]) -> None:
-    print(f"## Dry runs of {n} simulated slices\n\n| target | jobs | s | CPU s |\n|---|---:|---:|---:|")
-    for what, jobs, seconds, cpu in plans:
-        print(f"| {what} | {jobs} | {seconds:.1f} | {cpu:.1f} |")
+def print_plans(n: int, plans: list[tuple[str, int, float, float, float]]) -> None:
+    print(
+        f"## Dry runs of {n:,} simulated slices\n\n| target | jobs | s | CPU s | peak MB |\n|---|---:|---:|---:|---:|"
+    )
+    for what, jobs, seconds, cpu, peak_mb in plans:
+        print(f"| {what} | {jobs:,} | {seconds:.1f} | {cpu:.1f} | {peak_mb:,.0f} |", flush=True)
 
 
 def print_build(built: dict, cores: int) -> None:
@@ -246,7 +284,7 @@ def print_build(built: dict, cores: int) -> None:
     started = {stage: start_up(stage) for stage in stages}
     print(
         f"\n## {built['slices']} simulated slices built\n\n{built['admitted']} admitted, {sum(spots)} spots "
-        f"({min(spots)} to {max(spots)} a slice), windows of the default config.\n\n"
+        f"({min(spots)} to {max(spots)} a slice).\n\n"
         "| rule | jobs | s a job | CPU s a job | of these start-up | peak memory of a job, MB | bytes a slice | bytes a spot |\n"
         "|---|---:|---:|---:|---:|---:|---:|---:|"
     )
@@ -263,7 +301,8 @@ def print_build(built: dict, cores: int) -> None:
     print(
         f"\nThe last run took {built['wall_s']:.0f} s for {built['jobs']} jobs on {cores} core(s). Of the CPU seconds of all jobs "
         f"({used:,.0f}) {imports / used:.0%} went into starting Python and importing; Snakemake's own took "
-        f"{built['between_s'] / max(built['jobs'], 1):.2f} a job besides."
+        f"{built['between_s'] / max(built['jobs'], 1):.2f} a job besides. Wall seconds a job: "
+        f"{built['wall_s'] / max(built['jobs'], 1):.2f}; records of Snakemake's: {built['records']:,}."
     )
 
 
@@ -299,22 +338,24 @@ def print_estimate(built: dict, catalogue: Path, cores: int) -> None:
 def main() -> None:
     """Measure and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plan", type=int, default=1000, help="slices of the dry runs; 0: none")
+    parser.add_argument("--plan", type=int, nargs="+", default=[1000], help="slices of the dry runs; 0: none")
     parser.add_argument("--build", type=int, default=50, help="slices to build; 0: none")
+    parser.add_argument("--tiny", action="store_true", help="build slices that take no time, to see what a job costs")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="build in this folder and leave it; default: a temporary one")
     parser.add_argument(
         "--catalogue", type=Path, default=ROOT / "catalogue/visium_human.tsv", help="table to reckon for"
     )
     args = parser.parse_args()
-    if args.plan:
+    for n in filter(None, args.plan):
         with tempfile.TemporaryDirectory() as folder:
-            print_plans(args.plan, time_plans(Path(folder), args.plan))
+            print_plans(n, time_plans(Path(folder), n))
     if args.build:
         with tempfile.TemporaryDirectory() as folder:
-            built = build((args.keep or Path(folder)).resolve(), args.build, args.cores)
+            built = build((args.keep or Path(folder)).resolve(), args.build, args.cores, args.tiny)
         print_build(built, args.cores)
-        print_estimate(built, args.catalogue, args.cores)
+        if not args.tiny:
+            print_estimate(built, args.catalogue, args.cores)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,28 @@
-"""Every spot of a slice gets a vector: from the trained encoder, and from the same one before its first step.
+"""Every spot of a slice gets a vector: from the trained encoder, from the same one before its first step, and from further
+encoders that the config names.
 
-In: `<results>/pretrain/{run}/` (`model.safetensors`, `config.json`, `genes.tsv`), `<results>/shards/slices/{slice}.tar`.
-Out: `<results>/embeddings/{model}/{slice}.safetensors`, model being `stpatch` or `untrained`.
+In: `<results>/pretrain/{run}/` or a folder of `evaluate.models` (`model.safetensors`, `config.json`, `genes.tsv`),
+`<results>/shards/slices/{slice}.tar`.
+Out: `<results>/embeddings/{model}/{slice}.safetensors`, model being `untrained`, `stpatch` or a name of `evaluate.models`.
 """
+
+# ENCODERS: model -> its folder. MODELS: all whose embeddings are measured, those of others' methods included.
+ENCODERS = dict.fromkeys(["untrained", "stpatch"], f"<results>/pretrain/{RUN}") | config["evaluate"]["models"]
+MODELS = [*ENCODERS, *config["evaluate"]["foreign"]]
+
+
+def embeddings(wildcards):
+    """Files of all models for the slices of a dataset, model after model: `workflow.assemble.by_model` parts them."""
+    return expand(
+        "<results>/embeddings/{model}/{slice}.safetensors", model=MODELS, slice=admitted(wildcards.dataset)
+    )
 
 
 rule embed:
     input:
-        weights=f"<results>/pretrain/{RUN}/model.safetensors",
-        config=f"<results>/pretrain/{RUN}/config.json",
-        genes=f"<results>/pretrain/{RUN}/genes.tsv",
+        weights=lambda w: f"{ENCODERS[w.model]}/model.safetensors",
+        config=lambda w: f"{ENCODERS[w.model]}/config.json",
+        genes=lambda w: f"{ENCODERS[w.model]}/genes.tsv",
         slice="<results>/shards/slices/{slice}.tar",
     output:
         "<results>/embeddings/{model}/{slice}.safetensors",
@@ -18,7 +31,7 @@ rule embed:
     benchmark:
         "<results>/benchmarks/embed/{model}/{slice}.tsv"
     wildcard_constraints:
-        model="stpatch|untrained",
+        model="|".join(ENCODERS),
     conda:
         "../envs/train.yaml"
     threads: 2
@@ -28,6 +41,8 @@ rule embed:
     params:
         folder=lambda w, input: Path(input.weights).parent,
         untrained=lambda w: "--untrained" if w.model == "untrained" else "",
+        genes=f"--genes {config['evaluate']['genes']}" if config["evaluate"]["genes"] else "",
     shell:
+        # Errors show on the terminal too: the disk that the log lies on may be full.
         "$PYTHON -m trainer.embed --model {params.folder:q} --shards {input.slice:q} --out {output:q}"
-        " {params.untrained} > {log:q} 2>&1"
+        " {params.untrained} {params.genes} > {log:q} 2> >(tee -a {log:q} >&2)"

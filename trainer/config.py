@@ -36,9 +36,11 @@ def knobs(*classes: type) -> dict[str, dataclasses.Field]:
 
 
 def check(settings: object) -> None:
-    """Raise ConfigError where a knob is none of its choices, or out of its range."""
+    """Raise ConfigError where a knob is of another type, none of its choices, or out of its range."""
     for name, field in knobs(type(settings)).items():
-        value, known = getattr(settings, name), field.metadata
+        value, known, kind = getattr(settings, name), field.metadata, type(field.default)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise refusal(settings, {int: "a whole number", float: "a number", str: "text"}[kind], name)
         if known["choices"] and value not in known["choices"]:
             raise refusal(settings, " or ".join(known["choices"]), name)
         if not isinstance(value, str) and not known["least"] <= value < known["below"]:

@@ -14,11 +14,13 @@ import dataclasses
 import hashlib
 import json
 import mmap
+import os
 import re
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from tokenize import TokenError
@@ -45,7 +47,10 @@ SLICE_FACTS = "slice source organism donor layout pitch_um n_windows".split()
 PARTS = ("genes", "samples", "components")  # the other files of the index; the last one may be absent
 LAYOUTS = ("offset", "rank", "bin")
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # of a file beside the index, of a slice: nothing that leads elsewhere
+NOT_NUMPY = (OSError, EOFError, ValueError, SyntaxError, RecursionError, MemoryError, TokenError)  # what np.load raises
+LARGEST = 2**31  # number of samples, or side of a window
 BLOCK = 512  # of a tar
+MAPPED = 256  # tars at a time: a mapping holds an open file, of which a process may often have 1,024
 
 # Blosc's own threads share one context; without it each of our decoding threads has its own and releases the lock.
 numcodecs.blosc.use_threads = False
@@ -188,6 +193,10 @@ class Split:
                 file, expected = other.folder / "index.json", f"{mine} as in {self.folder / 'index.json'}"
                 raise VocabularyMismatch(file, f"{name} = {theirs}", expected)
 
+    def check_tars(self, part: int = 0, of: int = 1) -> None:
+        """Hash every ``of``-th tar, from the ``part``-th on; DamagedShards names one that has changed. A stream is hashed as it
+        passes."""
+
     def _checked(self, part: str) -> Path:
         """The file of this part, which must hash to what the index recorded."""
         file, expected = self.folder / self.index[part]["file"], self.index[part]["sha256"]
@@ -236,8 +245,8 @@ class Shards(Split):
     """One split's folder of shards, checked against its index when it is opened.
 
     DamagedShards names the file that is missing, cut, exchanged, or that does not hold what the index recorded. The tars,
-    which may be large, are not hashed: their size, their extents and one sample of each are checked when they are opened, the
-    headers of a sample's members whenever it is read.
+    which may be large, are hashed by `check_tars` alone: their size, their extents and one sample of each are checked when they
+    are opened, the headers of a sample's members whenever it is read.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -247,9 +256,16 @@ class Shards(Split):
         self.samples = self._read_samples(self._checked("samples"))
         by_shard = np.argsort(self.samples["shard"], kind="stable")
         ends = np.cumsum([shard["samples"] for shard in shards], dtype=int)
-        self.tars: list[mmap.mmap] = []
+        self.tar = lru_cache(MAPPED)(self._open)  # of each number the mapping
         for i, rows in enumerate(np.split(by_shard, ends)[:-1]):
-            self._map(i, rows)
+            self._check_frame(i, rows)
+
+    def check_tars(self, part: int = 0, of: int = 1) -> None:
+        tars = {self.folder / shard["name"]: shard["sha256"] for shard in self.index["shards"][part::of]}
+        with ThreadPoolExecutor(max(1, min(4, os.cpu_count() // of))) as pool:
+            for (file, promised), found in zip(tars.items(), pool.map(sha256, tars), strict=True):
+                if found != promised:
+                    raise DamagedShards(file, f"sha256 {found}", f"{promised} (index.json)")
 
     def jobs(self, order: Order, consumed: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
         known, rows = -1, np.zeros(0, int)
@@ -268,15 +284,16 @@ class Shards(Split):
     def member(self, row: int, part: str) -> memoryview:
         """The bytes of a member, whose header must name it and give its size."""
         sample = self.samples[row]
-        tar, offset, nbytes = self.tars[sample["shard"]], int(sample[f"{part}_offset"]), int(sample[f"{part}_nbytes"])
+        shard, offset, nbytes = (int(sample[field]) for field in ("shard", f"{part}_offset", f"{part}_nbytes"))
+        tar = self.tar(shard)
         name = f"{self.slices[sample['slice']]}_{sample['window']:06d}.{MEMBERS[part]}"
         header = tar[max(0, offset - BLOCK) : offset]
         if header[:100] != name.encode()[:100].ljust(100, b"\0") or header[124:135] != b"%011o" % nbytes:
-            raise self._unexpected(sample["shard"], offset - BLOCK, f"{name} of {nbytes} bytes (samples.npy)")
+            raise self._unexpected(shard, offset - BLOCK, f"{name} of {nbytes} bytes (samples.npy)")
         return memoryview(tar)[offset : offset + nbytes]
 
     def _unexpected(self, shard: int, at: int, expected: str) -> DamagedShards:
-        header = self.tars[shard][max(0, at) : max(0, at + BLOCK)]
+        header = self.tar(shard)[max(0, at) : max(0, at + BLOCK)]
         name, size = (header[cut].split(b"\0")[0].decode(errors="replace") for cut in (np.s_[:100], np.s_[124:136]))
         found = f"{f'member {name!r}' if name else 'no member'} of size {size!r} at byte {at}"
         return DamagedShards(self.folder / self.names[shard], found, expected)
@@ -287,14 +304,7 @@ class Shards(Split):
             samples = np.load(file, allow_pickle=False)
             if samples.dtype != SAMPLE or samples.ndim != 1:
                 raise ValueError(f"{samples.dtype} {samples.shape}")
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            RecursionError,
-            MemoryError,
-            TokenError,
-        ) as error:  # of numpy's header
+        except NOT_NUMPY as error:
             raise DamagedShards(file, error, f"a plain array of {SAMPLE}") from error
         for name, known in (("shard", len(promised)), ("slice", len(self.slices))):
             if len(samples) and samples[name].max() >= known:
@@ -305,17 +315,19 @@ class Shards(Split):
             raise DamagedShards(file, f"{len(samples)} samples, {found} by shard", expected)
         return samples
 
-    def _map(self, shard: int, rows: np.ndarray) -> None:
-        """Map a tar: of the size recorded, and with the samples' members, one behind the other, as all that it holds."""
+    def _open(self, shard: int) -> mmap.mmap:
+        with open(self.folder / self.names[shard], "rb") as opened:
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _check_frame(self, shard: int, rows: np.ndarray) -> None:
+        """A tar: of the size recorded, and with the samples' members, one behind the other, as all that it holds."""
         file, promised = self.folder / self.names[shard], self.index["shards"][shard]["bytes"]
         found = file.stat().st_size if file.is_file() else "no such file"
         if found != promised:
             raise DamagedShards(file, f"{found} bytes", f"{promised} bytes (index.json)")
-        with open(file, "rb") as opened:
-            self.tars.append(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
         begin, end = self._extents(self.samples[rows])
         gaps = np.flatnonzero(begin != np.insert(end[:-1], 0, 0))
-        tail = memoryview(self.tars[shard])[max(0, end[-1]) :]
+        tail = memoryview(self.tar(shard))[max(0, end[-1]) :]
         whole = not len(gaps) and 2 * BLOCK <= len(tail) <= 40 * BLOCK and not any(tail)
         for row in (
             rows[:1] if whole else rows[np.argsort(self.samples["counts_offset"][rows])]
@@ -413,8 +425,11 @@ def _read_index(file: Path) -> dict:
         for size in [*sizes, *(index[name] for name in "mhw")]:
             if type(size) is not int or size < 1:
                 raise DamagedShards(file, f"the size {size!r}", "whole numbers above 0")
-        if not 0 < index["target_sum"] < float("inf") or not index["n_samples"] >= 0:
-            raise DamagedShards(file, f"target_sum {index['target_sum']}, n_samples {index['n_samples']}", "numbers")
+        n_samples = index["n_samples"]
+        if type(n_samples) is not int or not 0 <= n_samples <= LARGEST or max(index[name] for name in "mhw") > LARGEST:
+            raise DamagedShards(file, f"{n_samples!r} samples of that size", f"whole numbers up to {LARGEST}")
+        if not 0 < index["target_sum"] < float("inf"):
+            raise DamagedShards(file, f"target_sum {index['target_sum']}", "a number above 0")
         if not all(isinstance(entry["sha256"], str) for entry in [*parts, *index["shards"]]):
             raise DamagedShards(file, "hashes of another kind", "text")
     except DamagedShards:

@@ -30,7 +30,7 @@ from trainer.data import FORMAT_VERSION as SHARDS_VERSION
 from trainer.data import NAME, check_genes, decode, lattice_lines
 from trainer.errors import ConfigError, DamagedShards, TrainerError, VocabularyMismatch
 from trainer.expression import log_normalise
-from trainer.files import as_safetensors, write_whole
+from trainer.files import as_safetensors, room_for, write_whole
 from trainer.model import MaskedAutoencoder, load
 from trainer.ranks import pick_device
 from trainer.report import in_um
@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--untrained", action="store_true", help="the same model before its first step: the control")
     args = parser.parse_args(argv)
     try:
-        run(args)
+        with room_for(args.out):
+            run(args)
     except TrainerError as error:
         sys.exit(f"error: {error}")
 

@@ -46,6 +46,18 @@ class DamagedSnapshot(TrainerError):
     """A snapshot that does not hold what was written into it."""
 
 
+class DamagedFile(TrainerError):
+    """A file of ours that does not hash to what it records of itself."""
+
+    next_step = "restore it from a copy, or delete it and make it again"
+
+
+class DiskFull(TrainerError):
+    """No room to write, or a quota used up."""
+
+    next_step = "make room there, then the same command again; training goes on from its last snapshot"
+
+
 class RankLost(TrainerError):
     """Another rank of the run ended, or did not answer in time."""
 
@@ -54,3 +66,9 @@ class RankLost(TrainerError):
 
 class TooLittleMemory(TrainerError):
     """A step needs more memory than there is; says which batch would fit."""
+
+
+class DamagedProbeInput(TrainerError):
+    """Features, classes or splits that the probe cannot use, or that do not belong together."""
+
+    next_step = "delete the file and run again, so that its rule writes it anew"

@@ -31,8 +31,10 @@ from trainer.config import FORMAT_VERSION, check, knob, refusal
 from trainer.data import Vocabulary
 from trainer.errors import ConfigError, VocabularyMismatch
 from trainer.expression import expected_log_normalised
+from trainer.files import read_sealed
 
 LEAST_DEVIATION = 0.1  # of a gene that is hardly ever seen: its few values must not become huge
+MOST_SITES = 512 * 512  # of a window: what its tables of positions may take
 MAX_LOG_DISPERSION = 6.0  # of the negative binomial: beyond e^6 it is Poisson, and float32 loses its logarithms
 
 
@@ -60,6 +62,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for name in ("n_genes", "m", "h", "w"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise refusal(self, "a whole number above 0", name)
+        if self.h * self.w > MOST_SITES:
+            raise refusal(self, f"at most {MOST_SITES} sites", "h", "w")
         for name, heads in (("width", self.heads), ("decoder_width", self.decoder_heads)):
             step = math.lcm(heads, 4 if name == "width" else 1)  # 4: sine and cosine of row and column
             step = 4 * heads if self.positions == "relative" else step  # the same of each head
@@ -291,7 +298,8 @@ def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder
     """Read a model folder: the model (in eval mode, on the CPU), its ``config.json``, its vocabulary.
 
     ``untrained`` leaves the weights as they were before the first step (the control of every comparison). Raises ConfigError
-    or VocabularyMismatch for what is no finished model folder, of another version, or has not the vocabulary trained with.
+    or VocabularyMismatch for what is no finished model folder, of another version, or has not the vocabulary trained with;
+    DamagedFile for weights that do not hash to what they record.
     """
     folder = Path(folder)
     try:
@@ -299,6 +307,7 @@ def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder
         if (version := config.get("format_version")) != FORMAT_VERSION:
             raise ConfigError(folder, f"format_version {version}", FORMAT_VERSION, "update stpatch")
         cfg, trained_with = ModelConfig(**config["model"]), config["data"]["genes"]["sha256"]
+        seed = int(config["train"]["seed"])
     except ConfigError:
         raise
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -309,13 +318,27 @@ def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder
         next_step = "restore the genes.tsv that the model was trained with"
         found, expected = f"sha256 {vocabulary.sha256}", f"{trained_with} (config.json)"
         raise VocabularyMismatch(folder / "genes.tsv", found, expected, next_step)
-    if untrained:
-        model = build(cfg, vocabulary, config["train"]["seed"], folder / "components.safetensors")
-    else:
-        model, weights = MaskedAutoencoder(cfg, vocabulary), folder / "model.safetensors"
-        try:
-            model.load_state_dict(safetensors.torch.load_file(weights))
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            next_step = "let the training finish, or train again"
-            raise ConfigError(weights, " ".join(str(error).split()), "the model's weights", next_step) from error
+    weights = folder / "model.safetensors"
+    try:
+        tensors = safetensors.torch.load(read_sealed(weights, "restore it from a copy, or delete it and train again"))
+        check_sizes(cfg, vocabulary, tensors)
+        if untrained:
+            model = build(cfg, vocabulary, seed, folder / "components.safetensors")
+        else:
+            model = MaskedAutoencoder(cfg, vocabulary)
+            model.load_state_dict(tensors)
+    except (OSError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
+        next_step = "let the training finish, or train again"
+        raise ConfigError(weights, " ".join(str(error).split()), "the model's weights", next_step) from error
     return model.eval(), config, vocabulary
+
+
+def check_sizes(cfg: ModelConfig, vocabulary: Vocabulary, tensors: dict[str, Tensor]) -> None:
+    """Raise RuntimeError unless these are the tensors of such a model; no memory is taken for it, whatever it says of its size."""
+    n_layers, n_genes = cfg.depth + cfg.decoder_depth, len(vocabulary.gene_ids)
+    if n_layers > len(tensors) or cfg.n_genes != n_genes:
+        raise RuntimeError(f"{n_genes} genes, {len(tensors)} tensors for {cfg.n_genes} genes and {n_layers} layers")
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in MaskedAutoencoder(cfg, vocabulary).state_dict().items()}
+    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise RuntimeError("tensors of other names or shapes than config.json asks for")

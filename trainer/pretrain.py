@@ -28,7 +28,7 @@ from trainer import budget, config, masks
 from trainer.config import knob
 from trainer.data import Batch, Order, Shards, Split
 from trainer.errors import ConfigError, NonFiniteLoss, TrainerError
-from trainer.files import as_safetensors, write_whole
+from trainer.files import as_safetensors, room_for, write_whole
 from trainer.model import ModelConfig, build
 from trainer.objective import Objective, ObjectiveConfig
 from trainer.progress import Progress, open_log
@@ -55,6 +55,7 @@ class TrainConfig:
     shuffle: str = knob("full|block", "block: whole shards in random order, a few at a time mixed (network disks)")
     block_shards: int = knob(8, "shards that --shuffle block mixes", least=1)
     reader: str = knob("mmap|webdataset", "webdataset: shards by URL, in their stored order, slower")
+    check_tars: str = knob("on|off", "hash every tar before the first step (some 2 GB/s a core)", free=True)
     workers: int = knob(-1, "threads that decode ahead; 0: none, -1: one, on a GPU up to four", least=-1, free=True)
     device: str = knob("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...", free=True)
     dtype: str = knob("auto|float32|bfloat16", "of the matrix products; auto: bfloat16 on a GPU that has it")
@@ -394,8 +395,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model_knobs, objective_knobs, train_knobs = config.settings(file, flags, *SETTINGS)
         cfg = TrainConfig(**train_knobs)
-        with Asked() as asked, joined(cfg.device) as ranks:
+        with room_for(out), Asked() as asked, joined(cfg.device) as ranks:
             shards, val = open_shards(address, val_address, cfg.reader)
+            for split in filter(None, (shards, val)):
+                if cfg.check_tars == "on":  # every machine its own copy
+                    split.check_tars(ranks.rank % ranks.here, ranks.here)
             facts = {"n_genes": len(shards.vocabulary.gene_ids), "m": shards.m, "h": shards.h, "w": shards.w}
             model_cfg, objective_cfg = ModelConfig(**facts, **model_knobs), ObjectiveConfig(cfg.seed, **objective_knobs)
             done = run(shards, val, out, model_cfg, objective_cfg, cfg, ranks, asked)

@@ -11,20 +11,23 @@ Spots off the tissue get NaN. Nothing else in the file changes.
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 
 from workflow.catalogue import columns
-from workflow.curate import curate
-from workflow.errors import DamagedFile, SliceError
+from workflow.child import HEADROOM, confined
+from workflow.curate import curate, rejected, write_slice
+from workflow.errors import DamagedFile, SliceError, Unreadable
 from workflow.grid import make_grid
 from workflow.keys import Keys
-from workflow.reading import read_slice, read_tensors
+from workflow.reading import read_slice, read_tensors, seal
 from workflow.stats import read_vocabulary
 from workflow.whole import whole_slice
 
@@ -71,6 +74,66 @@ def read_model(model: Path) -> dict:
     return json.loads((model / "config.json").read_text())["data"]
 
 
+def apart(work, h5ad: Path) -> None:
+    """Run ``work()``, which reads a file of the user's, in a process of its own that may take all of this machine's memory.
+
+    Raises
+    ------
+    Unreadable
+        The file brought that process down.
+    """
+    memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (HEADROOM * 2**20)
+    if why := confined(work, memory_mb):
+        raise Unreadable(
+            slice=h5ad.stem,
+            file=str(h5ad),
+            found=why,
+            expected="an h5ad that this machine can read",
+            next_step="write it anew with anndata, or use a machine with more memory",
+        )
+
+
+def curated_apart(row: dict[str, str], h5ad: Path, folder: Path):
+    """The curated slice of `h5ad`, by a process of its own.
+
+    Raises
+    ------
+    SliceError
+        The file can't be used.
+    """
+    out = folder / "curated.h5ad"
+
+    def work() -> None:
+        try:
+            slice = curate(row, ROOT / "catalogue/aux", files=[h5ad])
+        except SliceError as error:
+            slice = rejected(row, error)
+        write_slice(slice, out)
+
+    apart(work, h5ad)
+    slice = read_slice(out)
+    if reason := slice.uns[Keys.STPATCH].get(Keys.QUARANTINE):
+        raise SliceError.from_row(reason)
+    return slice
+
+
+def write_annotated(h5ad: Path, out: Path, X: np.ndarray, spots: list[str]) -> int:
+    """Write a copy of `h5ad` with the embedding ``X`` of these spots, NaN for the others, whole or not at all; how many there are."""
+    part = out.with_name(out.name + ".part")
+
+    def work() -> None:
+        mine = ad.read_h5ad(h5ad)
+        embedding = np.full((mine.n_obs, X.shape[1]), np.nan, dtype=np.float32)
+        embedding[mine.obs_names.get_indexer(spots)] = X
+        mine.obsm[Keys.EMBEDDING] = embedding
+        mine.write_h5ad(part, convert_strings_to_categoricals=False)
+
+    apart(work, h5ad)
+    os.replace(part, out)
+    with h5py.File(out) as file:
+        return len(file["obsm"][Keys.EMBEDDING])
+
+
 def embed_file(model: Path, h5ad: Path, organism: str, trainer_flags: list[str]) -> tuple[np.ndarray, list[str]]:
     """Embed a slice that is in no catalogue, on a grid of the layout that the model was trained on.
 
@@ -92,20 +155,22 @@ def embed_file(model: Path, h5ad: Path, organism: str, trainer_flags: list[str])
     blank = dict.fromkeys(columns(), "")
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in h5ad.stem)
     row = {**blank, "slice": name, "source": "file", "url": str(h5ad), "format": "h5ad", "organism": organism}
-    slice = curate(row, ROOT / "catalogue/aux", files=[h5ad])
     genes = model / "genes.tsv"
     vocabulary = read_vocabulary(genes).gene_id
-    shared = len(set(slice.var_names) & set(vocabulary))
-    print(f"{slice.n_obs} spots in tissue; {shared} of {slice.n_vars} genes are among the model's {len(vocabulary)}")
-    content = whole_slice(
-        make_grid(slice, data["layout"], data["pitch_um"]),
-        vocabulary,
-        genes_sha256=hashlib.sha256(genes.read_bytes()).hexdigest(),
-        target_sum=data["target_sum"],
-        codec_name="lz4",
-        simulated=False,
-    )
     with tempfile.TemporaryDirectory() as folder:
+        slice = curated_apart(row, h5ad, Path(folder))
+        shared = len(set(slice.var_names) & set(vocabulary))
+        print(
+            f"{slice.n_obs} spots in tissue; {shared} of {slice.n_vars} genes are among the model's {len(vocabulary)}"
+        )
+        content = whole_slice(
+            make_grid(slice, data["layout"], data["pitch_um"]),
+            vocabulary,
+            genes_sha256=hashlib.sha256(genes.read_bytes()).hexdigest(),
+            target_sum=data["target_sum"],
+            codec_name="lz4",
+            simulated=False,
+        )
         tar, out = Path(folder) / f"{name}.tar", Path(folder) / f"{name}.safetensors"
         tar.write_bytes(content)
         command = [sys.executable, "-m", "trainer.embed", "--model", model.resolve(), "--shards", tar, "--out", out]
@@ -131,16 +196,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         X, spots = embed_file(arguments.model, arguments.h5ad, arguments.organism, trainer_flags)
+        n_spots = write_annotated(arguments.h5ad, arguments.out, X, spots)
     except (SliceError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
-    mine = ad.read_h5ad(arguments.h5ad)
-    embedding = np.full((mine.n_obs, X.shape[1]), np.nan, dtype=np.float32)
-    embedding[mine.obs_names.get_indexer(spots)] = X
-    mine.obsm[Keys.EMBEDDING] = embedding
-    mine.write_h5ad(arguments.out, convert_strings_to_categoricals=False)
-    print(f"{arguments.out}: {len(X)} of {mine.n_obs} spots have {X.shape[1]} numbers in obsm['{Keys.EMBEDDING}']")
+    print(f"{arguments.out}: {len(X)} of {n_spots} spots have {X.shape[1]} numbers in obsm['{Keys.EMBEDDING}']")
 
 
 if __name__ == "__main__":
@@ -154,5 +215,6 @@ if __name__ == "__main__":
         slice.write_h5ad(
             snakemake.output[0], compression="gzip", compression_opts=1, convert_strings_to_categoricals=False
         )
+        seal(snakemake.output[0])
     else:
         main()

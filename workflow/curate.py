@@ -37,6 +37,7 @@ from workflow.labels import spot_labels
 from workflow.lattice import VISIUM_PITCH_UM, Lattice, infer_lattice, known_lattice
 from workflow.readers import Deposit, read_deposit
 from workflow.readers.deposit import FARTHEST_PIXEL, refuse_far, why_not_counts
+from workflow.reading import seal
 from workflow.sources import files_at, sha256_of
 
 logger = logging.getLogger("curate")
@@ -344,8 +345,9 @@ def rejected(row: dict[str, str], error: SliceError) -> anndata.AnnData:
 
 
 def write_slice(adata: anndata.AnnData, path: str | Path) -> None:
-    """Write a curated slice; strings stay strings, the same slice gives the same bytes."""
+    """Write a curated slice, sealed; strings stay strings, the same slice gives the same bytes."""
     adata.write_h5ad(path, compression="gzip", compression_opts=1, convert_strings_to_categoricals=False)
+    seal(path)
 
 
 def located(row: dict[str, str], listing: Path | None) -> tuple[list[Path] | None, Path | None]:

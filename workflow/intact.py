@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import h5py
 
+from workflow.child import confined
 from workflow.errors import SliceError, Unreadable, UnsafeArchive
 
 GZIP = b"\x1f\x8b"
 LARGEST_RATIO = 200  # unpacked to packed; text of 10x and GEO stays below 20
 ALWAYS_FINE = 1 << 20  # bytes unpacked, whatever the ratio
+PROBE_MB, PROBE_S = 500, 60  # memory and processor time to open an HDF5 file, which takes some MB and milliseconds
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Reason:
 def why_not_intact(path: Path, name: str) -> Reason | None:
     """What is wrong with a file that is meant to lie under `name`; None if nothing is.
 
-    HDF5 (``.h5``, ``.h5ad``) is opened, which fails where the file is shorter than its superblock says; gzip is read to the
+    HDF5 (``.h5``, ``.h5ad``) is opened, in a process of its own, which fails where the file is shorter than its superblock says; gzip is read to the
     end, where its checksum lies, but not beyond `LARGEST_RATIO`; a zip's directory is read; of tables and JSON it is only
     seen that they are no web page.
     """
@@ -37,10 +40,7 @@ def why_not_intact(path: Path, name: str) -> Reason | None:
         head = opened.read(512)
     begins = f"a file that begins with {head[:16]!r}"
     if name.endswith((".h5", ".h5ad")):
-        try:
-            with h5py.File(path, "r") as file:
-                list(file)
-        except (OSError, RuntimeError) as broken:
+        if broken := _why_not_hdf5(path):
             return Reason(Unreadable, f"{begins} ({broken})", "a whole HDF5 file")
     elif name.endswith((".gz", ".tgz")):
         return _why_not_gzip(path) if head.startswith(GZIP) else Reason(Unreadable, begins, "gzip")
@@ -50,6 +50,23 @@ def why_not_intact(path: Path, name: str) -> Reason | None:
     elif head.lstrip()[:1] in (b"", b"<"):
         return Reason(Unreadable, begins, "a table or JSON")
     return None
+
+
+def _why_not_hdf5(path: Path) -> str:
+    """What HDF5 says of a file, or what the file did to it; "" where it opens."""
+    with tempfile.TemporaryFile() as said:
+
+        def look() -> None:
+            try:
+                with h5py.File(path, "r") as file:
+                    list(file)
+            except (OSError, RuntimeError) as broken:
+                said.write((str(broken) or type(broken).__name__).encode(errors="replace"))
+                said.flush()
+
+        ended = confined(look, PROBE_MB, PROBE_S)
+        said.seek(0)
+        return ended or said.read().decode()
 
 
 def _why_not_gzip(path: Path) -> Reason | None:

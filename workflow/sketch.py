@@ -24,7 +24,7 @@ from anndata.io import read_elem
 
 from workflow.genes import PREFIX
 from workflow.keys import Keys
-from workflow.reading import reading
+from workflow.reading import check_seal, reading
 
 FORMAT_VERSION = 1
 LEAST_COUNT = 2
@@ -222,6 +222,7 @@ if __name__ == "__main__":
     from workflow.logs import log_to
 
     log_to(snakemake.log[0])
+    check_seal(snakemake.input[0])
     with reading(snakemake.input[0]):
         found = sketch_slice(snakemake.input[0])
     write_sketch(found, snakemake.output[0])

@@ -7,7 +7,6 @@ what can't be seen. Not while a run is building in the folder: half-written file
 """
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -24,14 +23,16 @@ from pathlib import Path
 import anndata
 import numpy as np
 from numcodecs import blosc
-from safetensors.numpy import load
 
 from workflow import tar
 from workflow.admit import DUPLICATES, NOTES, QUARANTINE, read_curated
 from workflow.catalogue import columns
 from workflow.codec import decode
+from workflow.errors import SliceError
 from workflow.grid import ARRAYS, Grid, make_grid, read_grid
 from workflow.keys import Keys
+from workflow.reading import read_safetensors, seal_holds
+from workflow.regions import read_regions
 from workflow.shards import SAMPLE_DTYPE, canonical_sha256, permutation
 from workflow.sketch import read_sketch
 from workflow.sources import sha256_of
@@ -90,18 +91,24 @@ def trained_on(results: Path) -> dict:
         return {}
 
 
-def same_as_copy(path: Path, results: Path, part: str) -> Findings:
+def same_as_copy(path: Path, results: Path, part: str, *remove: Path) -> Findings:
     """A file against the training shards' copy of it, where that is the one that their index names."""
     entry = trained_on(results).get(part)
     if entry and entry["sha256"] == sha256_of(results / TRAIN.parent / entry["file"]):
-        yield from same(path, "sha256", sha256_of(path), entry["sha256"])
+        yield from same(path, "sha256", sha256_of(path), entry["sha256"], *remove)
+
+
+def sealed(path: Path) -> Findings:
+    """A file that carries its own sha256 against that."""
+    yield from unless(seal_holds(path.read_bytes()) is not False, path, "other bytes", "those of its own sha256")
 
 
 # ---- one check a kind of file; what a reader raises on the way is a finding too (`findings`)
 
 
 def check_slice(path: Path) -> Findings:
-    """A curated slice: readable to the last chunk, and as docs/format.md says."""
+    """A curated slice: its seal, readable to the last chunk, and as docs/format.md says."""
+    yield from sealed(path)
     slice_ = anndata.read_h5ad(path)
     facts, X = slice_.uns[Keys.STPATCH], slice_.X
     yield from same(path, "format_version", int(facts["format_version"]), VERSION)
@@ -263,21 +270,12 @@ def spans(content: bytes) -> list[tuple[int, int]]:
     return found
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors and metadata; where the metadata hold ``sha256``, of all bytes after the header, it must be that.
-
-    Raises
-    ------
-    ValueError
-        Other bytes than recorded.
-    """
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    tensors, facts = load(content), json.loads(content[8:end]).get("__metadata__", {})
-    found = hashlib.sha256(content[end:]).hexdigest()
-    if facts.get("sha256", found) != found:
-        raise ValueError(f"values with sha256 {found}, not the recorded {facts['sha256']}")
-    return tensors, facts
+def check_regions(path: Path, results: Path) -> Findings:
+    """Hidden regions: their seal, the vocabulary whose rows they name, and the grid whose cells."""
+    _, facts = read_safetensors(path)
+    yield from same(path, "genes_sha256", facts["genes_sha256"], sha256_of(results / "stats/genes.tsv"))
+    if grid := grid_at(results / "grids" / f"{path.stem}.zarr"):
+        read_regions(path, grid)
 
 
 def check_embedding(path: Path, results: Path) -> Findings:
@@ -288,6 +286,9 @@ def check_embedding(path: Path, results: Path) -> Findings:
     )
     yield from same(path, "types of X and spot", (str(X.dtype), str(spot.dtype)), ("float32", "int32"))
     yield from unless(np.isfinite(X).all(), path, "values that are not finite", "finite ones")
+    if "skipped" in facts:  # a foreign method that could not run here
+        yield from same(path, "shapes of a skipped method", (X.shape, spot.shape), ((0, 0), (0,)))
+        return
     n_spots = read_curated(results / "slices" / f"{path.stem}.h5ad").n_spots
     right = len(X) == n_spots and np.array_equal(spot, range(n_spots))
     yield from unless(right, path, f"{len(X)} rows of spots", f"one of each of the {n_spots} spots, in order")
@@ -299,6 +300,7 @@ def check_embedding(path: Path, results: Path) -> Findings:
 
 
 def check_annotated(path: Path, results: Path) -> Findings:
+    yield from sealed(path)
     curated = results / "slices" / path.name
     mine, theirs = (anndata.read_h5ad(file) for file in (path, curated))
     equal = mine.obs.equals(theirs.obs) and mine.var.equals(theirs.var) and repr(mine.uns) == repr(theirs.uns)
@@ -325,6 +327,8 @@ def check_model(path: Path, results: Path) -> Findings:
             if name != "components":
                 shape = tensors["gene_embedding.weight"].shape
                 yield from same(file, "gene embeddings", shape, (data["genes"]["n"], config["model"]["width"]), path)
+    if (file := folder / "components.safetensors").is_file():
+        yield from same_as_copy(file, results, "components", path)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     right = steps == sorted(steps) and steps[-1:] == [config["train"]["steps"]]
     yield from unless(right, folder / "metrics.jsonl", f"steps up to {steps[-1:]}", f"{config['train']['steps']}", path)
@@ -367,6 +371,7 @@ def checks(results: Path) -> dict[Path, Check]:
         "stats/genes.tsv": partial(check_genes, results=results),
         "stats/components.safetensors": partial(check_components, results=results),
         "shards/slices/*.tar": partial(check_whole, results=results),
+        "regions/*.safetensors": partial(check_regions, results=results),
         "embeddings/*/*.safetensors": partial(check_embedding, results=results),
         "annotated/*.h5ad": partial(check_annotated, results=results),
         "pretrain/*/model.safetensors": partial(check_model, results=results),
@@ -394,7 +399,8 @@ def findings(check: Check) -> list[Problem]:
     except Exception as error:  # noqa: BLE001 whatever a reader stumbles over is said of the file, and the others go on
         # the file that isn't there may be another one than the file checked
         at = Path(error.filename) if isinstance(error, FileNotFoundError) and error.filename else path
-        problems.append(Problem(at, f"{type(error).__name__}: {error}", "a whole file of its kind", (remove,)))
+        found = error.found if isinstance(error, SliceError) else f"{type(error).__name__}: {error}"
+        problems.append(Problem(at, found, "a whole file of its kind", (remove,)))
     return problems
 
 

@@ -442,8 +442,6 @@ def main(argv: list[str] | None = None) -> None:
         finished.must()
         reference = final_files(finished.results)
         print(f"undisturbed: {manifest(finished.results)} in {time.monotonic() - begin:.0f} s", flush=True)
-        build.copy_of(finished).clear()
-        kills(build, reference, arguments.kills, rng, tally)
         two_at_once(build, finished, reference, tally)
         if may_mount():
             disks(build, reference, tally)
@@ -454,6 +452,8 @@ def main(argv: list[str] | None = None) -> None:
             flips_met(build, finished, list(DAMAGED), rng, tally)
             flips_verified(build, finished, reference, list(DAMAGED), rng, tally)
         vanished(build, finished, reference, 4 * arguments.rounds, rng, tally)
+        build.clear()
+        kills(build, reference, arguments.kills, rng, tally)
     minutes = (time.monotonic() - begin) / 60
     table = (
         f"Seed {arguments.seed}, {minutes:.0f} minutes on {os.cpu_count()} cores; simulated slices.\n\n{tally.table()}"

@@ -65,7 +65,7 @@ def test_a_second_run_in_the_folder_is_refused_with_the_remedy_and_the_first_one
     assert [set(found) for found in tally.counts.values()] == [{STOPPED}, {SAME}]
 
 
-@pytest.mark.parametrize("kind", ["chunk of a grid", "index.json"])
+@pytest.mark.parametrize("kind", ["chunk of a grid", "index.json", "shard", "model"])
 def test_a_run_that_meets_a_flipped_bit_stops_and_names_the_file_or_is_none_the_worse(build, finished, kind):
     tally = Tally()
     flips_met(build, finished, [kind], random.Random(1), tally)

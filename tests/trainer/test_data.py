@@ -41,7 +41,7 @@ def test_samples_hold_the_counts_of_their_slice(shards, train_slices):
         batch = reader.read(np.array([row]), np.array([row]), epoch=0)
         sample = reader.samples[row]
         begin, nbytes = int(sample["json_offset"]), int(sample["json_nbytes"])
-        facts = json.loads(reader.tars[sample["shard"]][begin : begin + nbytes])
+        facts = json.loads(reader.tar(int(sample["shard"]))[begin : begin + nbytes])
         counts, totals, _ = train_slices[sample["slice"]]
         crop = np.s_[facts["y"] : facts["y"] + 6, facts["x"] : facts["x"] + 5]
         genes = batch.genes[0].numpy()

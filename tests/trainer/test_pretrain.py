@@ -21,7 +21,7 @@ from tests.trainer import corpus
 from tests.trainer.conftest import SMALL
 from trainer import budget, config, pretrain
 from trainer.data import Batch, Shards, Vocabulary
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DamagedFile
 from trainer.files import as_safetensors
 from trainer.model import ModelConfig, build, load
 from trainer.objective import Objective, ObjectiveConfig
@@ -501,7 +501,7 @@ def test_an_unfinished_model_folder_is_refused(model_folder, tmp_path):
     with pytest.raises(ConfigError, match="model.safetensors: found .*let the training finish"):
         load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(ConfigError, match="model.safetensors: found"):
+    with pytest.raises(DamagedFile, match="model.safetensors: found"):
         load(tmp_path)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -166,3 +169,13 @@ def test_places_of_simulated_slices_do_not_depend_on_what_lies_in_the_repository
     (tmp_path / "resources/a").mkdir(parents=True)
     table = write_table(tmp_path / "t.tsv", row("a", source="simulated", url="resources/a"))
     assert load_roles([str(table)], root=tmp_path)[0]["url"] == "resources/a"
+
+
+def test_a_reader_of_the_summary_who_has_had_enough_gets_no_traceback():
+    """As `python -m workflow.catalogue | head` has."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "workflow.catalogue"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == b""

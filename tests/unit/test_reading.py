@@ -9,9 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from workflow.admit import read_curated
+from workflow.curate import write_slice
 from workflow.errors import DamagedFile, EmptySlice
 from workflow.moments import write_moments
-from workflow.reading import read_slice, read_tensors, reading
+from workflow.reading import check_seal, read_slice, read_tensors, reading, seal, seal_holds
 from workflow.simulate import tiny_slice
 from workflow.sketch import read_sketch, sketch_slice, write_sketch
 from workflow.stats import read_moments
@@ -69,3 +70,28 @@ def test_a_flipped_bit_raises_nothing_but_damage(made, tmp_path, name):
 def test_typed_errors_pass_as_they_are(tmp_path):
     with pytest.raises(EmptySlice), reading(tmp_path / "x"):
         raise EmptySlice(slice="x", found="nothing", expected="a spot", next_step="none")
+
+
+def test_a_sealed_slice_is_read_as_before_and_one_without_seal_too(made, tmp_path):
+    sealed = tmp_path / "a.h5ad"
+    write_slice(read_slice(made / "a.h5ad"), sealed)
+    assert seal_holds(sealed.read_bytes()) is True
+    assert seal_holds((made / "a.h5ad").read_bytes()) is None
+    before, after = read_slice(made / "a.h5ad"), read_slice(sealed)
+    assert (before.X != after.X).nnz == 0
+    assert read_curated(sealed).n_spots == before.n_obs
+    assert np.array_equal(sketch_slice(sealed).rare, sketch_slice(made / "a.h5ad").rare)
+
+
+def test_of_a_seal_and_what_it_seals_no_bit_can_be_flipped_unseen(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(range(64)))
+    seal(path)
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert seal_holds(bytes(flipped)) is False
+    path.write_bytes(b"x" + content[1:])
+    with pytest.raises(DamagedFile, match=f"other bytes than were written.*delete {path} and run again"):
+        check_seal(path)

@@ -6,12 +6,15 @@ import copy
 
 import numpy as np
 import pytest
+import yaml
 
 from benchmarks.scale import KINDS, planned_jobs, write_corpus
+from tests.conftest import ROOT
 from tests.unit.simulated import GENE_TABLES, SETTINGS
 from workflow import grid as grids
 from workflow import simulate, stats
-from workflow.catalogue import load_catalogue
+from workflow.catalogue import check_config, load_catalogue
+from workflow.curate import curate
 from workflow.errors import CatalogueError
 from workflow.simulate import Settings, choose_genes, draw_counts, generator, layout_and_settings, simulate_slice
 
@@ -89,6 +92,18 @@ def test_the_corpus_of_the_benchmark_is_a_valid_catalogue_and_says_simulated(tmp
     assert all("simulated" in row["evidence"] and row["source"] == "simulated" for row in rows)
     for row in rows:
         layout_and_settings(row["slice"], row)
+
+
+def test_the_tiny_slices_of_the_benchmark_are_files_of_64_simulated_spots_that_differ_and_can_be_curated(tmp_path):
+    write_corpus(tmp_path, 3, tiny=True)
+    rows = load_catalogue(tmp_path / "slices.tsv")
+    made = [curate(row, GENE_TABLES, files=[tmp_path / row["url"]]) for row in rows]
+    assert [slice_.shape for slice_ in made] == [(64, 60)] * 3
+    assert len({slice_.X.sum() for slice_ in made}) == 3
+    assert all("simulated" in row["evidence"] for row in rows)
+    check_config(
+        yaml.safe_load((ROOT / "config.yaml").read_text()) | yaml.safe_load((tmp_path / "scale.yaml").read_text())
+    )
 
 
 def test_planned_jobs_are_read_from_what_a_dry_run_prints():

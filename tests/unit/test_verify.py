@@ -15,10 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import ROOT
+from trainer.files import as_safetensors
 from workflow import verify as module
 from workflow.components import write_components
 from workflow.grid import make_grid, read_grid, write_grid
 from workflow.moments import moments, write_moments
+from workflow.reading import read_safetensors, seal
+from workflow.regions import Regions, encode
 from workflow.sample import Field
 from workflow.shards import write_shards
 from workflow.simulate import tiny_slice
@@ -47,6 +50,7 @@ def build(results):
         slice_ = tiny_slice(seed=seed, name=name)
         slice_.uns["stpatch"]["inputs"] = '[{"path": "x.h5", "bytes": 1, "sha256": "0"}]'
         slice_.write_h5ad(results / f"slices/{name}.h5ad", compression="gzip", convert_strings_to_categoricals=False)
+        seal(results / f"slices/{name}.h5ad")
         write_sketch(sketch_slice(results / f"slices/{name}.h5ad"), results / f"sketches/{name}.npz")
         grid = make_grid(slice_, "auto", 100)
         write_grid(grid, results / f"grids/{name}.zarr")
@@ -58,6 +62,7 @@ def build(results):
         save_file(embedding, results / f"embeddings/stpatch/{name}.safetensors", metadata=about)
         slice_.obsm["X_stpatch"] = X
         slice_.write_h5ad(results / f"annotated/{name}.h5ad", convert_strings_to_categoricals=False)
+        seal(results / f"annotated/{name}.h5ad")
     genes = results / "stats/genes.tsv"
     write_vocabulary(merge_moments(read_moments(sorted((results / "stats/moments").glob("*.npz")))), genes)
     sha256, vocabulary = hashlib.sha256(genes.read_bytes()).hexdigest(), read_vocabulary(genes).gene_id
@@ -242,7 +247,61 @@ def test_a_recorded_hash_of_an_embedding_is_held_against_its_values(results):
     save_file(load_file(path), path, metadata=about)
     (problem,) = found_in(results)
     assert problem.file == path
-    assert "not the recorded 000" in problem.found
+    assert "other bytes than were written" in problem.found
+
+
+@pytest.mark.parametrize("name", ["slices/a.h5ad", "annotated/a.h5ad"])
+def test_no_bit_of_a_sealed_file_can_be_flipped_unseen_wherever_it_lies(results, name):
+    path, rng = results / name, np.random.default_rng(0)
+    size = path.stat().st_size
+    for at in (*rng.integers(0, size, 12), size - 1, size - 40, size - 75):
+        flip(path, at)
+        (problem,) = {problem.file for problem in found_in(results, name)}
+        assert problem == path
+        flip(path, at)
+    assert found_in(results, name) == []
+
+
+@pytest.mark.parametrize("name", ["pretrain/model/model.safetensors", "embeddings/stpatch/b.safetensors"])
+def test_a_flipped_bit_in_what_the_trainer_sealed_is_found_though_nothing_else_has_its_values(results, name):
+    path = results / name
+    (results / "annotated/b.h5ad").unlink()
+    about = read_safetensors(path)
+    path.write_bytes(as_safetensors(*about))
+    assert found_in(results, name) == []
+    for at in (-1, -20, 30):
+        flip(path, path.stat().st_size + at if at < 0 else at)
+        assert path in {problem.file for problem in found_in(results, name)}
+        path.write_bytes(as_safetensors(*about))
+
+
+def test_the_file_of_a_foreign_method_that_was_skipped_holds_nothing_and_is_no_problem(results):
+    path = results / "embeddings/novae/a.safetensors"
+    path.parent.mkdir()
+    about = {"format_version": "1", "slice": "a", "model": "novae", "skipped": "no weights"}
+    empty = {"X": np.zeros((0, 0), np.float32), "spot": np.zeros(0, np.int32)}
+    save_file(empty, path, metadata=about)
+    assert found_in(results, "embeddings/novae/a.safetensors") == []
+    save_file(empty | {"spot": np.zeros(3, np.int32)}, path, metadata=about)
+    assert len(found_in(results, "embeddings/novae/a.safetensors")) == 1
+
+
+def test_regions_are_held_against_their_seal_their_grid_and_their_vocabulary(results):
+    path, grid = results / "regions/a.safetensors", read_grid(results / "grids/a.zarr")
+    empty, genes = np.empty(0, np.int32), hashlib.sha256((results / "stats/genes.tsv").read_bytes()).hexdigest()
+    regions = Regions(empty, empty, empty.reshape(0, 5), [], [], {})
+    path.parent.mkdir()
+    path.write_bytes(encode(regions, grid, genes_sha256=genes, seed=0, simulated=True))
+    assert found_in(results, "regions/a.safetensors") == []
+    flip(path)
+    (problem,) = found_in(results, "regions/a.safetensors")
+    assert problem.remove == (path,)
+    path.write_bytes(encode(regions, grid, genes_sha256="0" * 64, seed=0, simulated=True))
+    (problem,) = found_in(results, "regions/a.safetensors")
+    assert "genes_sha256" in problem.found
+    path.write_bytes(encode(regions, read_grid(results / "grids/b.zarr"), genes_sha256=genes, seed=0, simulated=True))
+    (problem,) = found_in(results, "regions/a.safetensors")
+    assert "format_version, slice, h and w" in problem.found
 
 
 def test_half_an_index_is_one_problem_and_the_other_files_are_still_checked(results):
