@@ -4,7 +4,7 @@ In: `<results>/shards/{train,val}/index.json`, the trainer's settings (`pretrain
 Out: `<results>/pretrain/model/` with `model.safetensors`, `config.json`, `genes.tsv`, `metrics.jsonl`, `curve.svg` and
 the model card `README.md`. Snapshots lie beside them in `snapshots/`, undeclared, so that a retry goes on from the last
 one; a finished run removes them. A job that is asked to stop (SIGTERM, SIGUSR1) saves one and ends with code 75. On a
-cluster without GPUs, say `--set-resources pretrain:gpu=0 embed:gpu=0`.
+cluster without GPUs, say `--set-resources pretrain:gpu=0 embed:gpu=0 inpaint:gpu=0 probe:gpu=0`.
 """
 
 

@@ -4,6 +4,7 @@ In: slices, grids, shards, the model's `metrics.jsonl`, the tables of `admit` an
 Out: `<results>/report/*`, `<results>/report.html`.
 """
 
+from workflow.catalogue import PRETRAINED
 from workflow.guard import kept_although
 
 MAX_PANELS = 24  # slices that get four panels of their own; the captions say so
@@ -137,6 +138,11 @@ rule scoreboard:
         scores=lambda w: measured(w.dataset),
         notes=lambda w: measured(w.dataset, part=".notes"),
         comparisons=lambda w: compared(w.dataset),
+        admitted="<results>/curate/admitted.tsv",
+        quarantine="<results>/curate/quarantine.tsv",
+        duplicates="<results>/curate/duplicates.tsv",
+        remarks="<results>/curate/notes.tsv",
+        fingerprints=ROOT / "catalogue/aux/fingerprints.tsv",
     output:
         figure=report(
             "<results>/report/scores/{dataset}.png",
@@ -158,6 +164,8 @@ rule scoreboard:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
     params:
         allow_contamination=config["allow_contamination"],
+        pretrained=sorted({row["slice"] for row in ROLES if row["split"] in PRETRAINED}),
+        rows=lambda w: sorted({row["slice"] for row in ROLES if row["split"] == w.dataset}),
     script:
         "../workflow/scoreboard.py"
 

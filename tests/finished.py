@@ -71,7 +71,8 @@ def make(results: Path) -> None:
         grid = make_grid(slice_, "offset", 100)
         write_grid(grid, results / f"grids/{name}.zarr")
         gridded[name] = (np.moveaxis(grid.counts, -1, 0), grid.total_counts, grid.spot)
-        rows.append({"slice": name, "dataset": "tiny", "split": split, "source": "simulated", "n_spots": slice_.n_obs})
+        told = {"slice": name, "dataset": "tiny", "split": split, "source": "simulated", "accession": "", "url": ""}
+        rows.append({**told, "donor": "", "n_spots": slice_.n_obs})
         if split == "Tiny":
             for model, noise in (("stpatch", 0.3), ("untrained", 2.0)):
                 about = {"format_version": "1", "slice": name, "model": model, "simulated": "true"}
@@ -114,7 +115,7 @@ import sys
 from pathlib import Path
 
 ROOT, RUN, DATASETS = Path({root!r}), "model", ["Empty", "Tiny"]
-ROLES = [{{"slice": "test_a", "source": {source!r}}}]
+ROLES = [{{"slice": "test_a", "split": "Tiny", "source": {source!r}}}]
 
 configfile: ROOT / "config.yaml"
 

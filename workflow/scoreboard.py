@@ -1,12 +1,14 @@
-"""The score page of one dataset: who wins, then a table a protocol with every control; and the figure of the probes."""
+"""The score page of one dataset: what the numbers show, then a table a protocol with every control; and the probes' figure."""
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from workflow import verdicts
+from workflow import contamination, verdicts
+from workflow.findings import findings
 from workflow.intervals import is_control, split_suffix
 from workflow.plotting import CONTROL, MODEL, headline, list_rows, new_figure, page, save, table
 from workflow.score_tables import (
@@ -35,6 +37,7 @@ PROTOCOLS = {
     "reconstruction": "Squares of tissue are hidden, and the expression of their spots is told from the visible rest of a "
     "window. 8 of 24: a square 8 cells wide in a window of 24.",
 }
+PRETRAINED_ELSEWHERE = {"scgpt", "scgpt_spatial", "stofm", "novae"}  # foreign encoders that come with weights
 LEADING = {"accuracy", "ari", "mse"}  # metrics in the table of verdicts; all are in the sentences
 MARKERS = {"knn": "o", "logistic": "s", "mlp": "D", "none": "o"}
 
@@ -96,6 +99,11 @@ def _said(found: pd.DataFrame) -> str:
     return f"<ul>{lines}</ul><p class=small>{html.escape(' '.join(scopes))}</p>"
 
 
+def _listed(title: str, sentences: Sequence[str]) -> list[str]:
+    lines = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+    return [f"<h2>{title}</h2><ul>{lines}</ul>"] if lines else []
+
+
 def _probes(dataset: str, protocol: str, comparisons: pd.DataFrame) -> str:
     rows = comparisons[(comparisons["protocol"] == protocol) & (comparisons["compared"] == "method")]
     pooled = rows[rows["section"] == "pooled"]
@@ -137,9 +145,15 @@ def _reconstruction(dataset: str, scores: pd.DataFrame) -> str:
 
 
 def scores_page(
-    dataset: str, comparisons: pd.DataFrame, scores: pd.DataFrame, notes: pd.DataFrame, allow_contamination: bool
+    dataset: str,
+    comparisons: pd.DataFrame,
+    scores: pd.DataFrame,
+    notes: pd.DataFrame,
+    allow_contamination: bool,
+    said: Sequence[str] = (),
+    status: Sequence[str] = (),
 ) -> str:
-    """The whole page: alarm and stamp where they belong, verdicts, a section a protocol, notes.
+    """The whole page: alarm and stamp where they belong, what it shows, verdicts, a section a protocol, notes.
 
     Parameters
     ----------
@@ -149,6 +163,8 @@ def scores_page(
         Of all stages; of them the rows of `clustering` and `reconstruction` are shown.
     notes
         `stage`, then the columns of the stages' notes.
+    said, status
+        Sentences of `workflow.findings` and of `workflow.contamination`.
     """
     parts = []
     if allow_contamination:
@@ -160,6 +176,8 @@ def scores_page(
     if len(simulated):
         what = sorted(set(simulated["section"]) - {""}) + sorted(set(simulated["detail"][simulated["method"] != ""]))
         parts.append(f'<p class="simulated">Simulated data: {html.escape(", ".join(what))}.</p>')
+    parts += _listed("What this shows, and what it does not", said)
+    parts += _listed("Was this tissue pretrained on?", status)
     of = {name: scores[scores["protocol"] == name] for name in ("clustering", "reconstruction")}
     sections = {name: _probes(dataset, name, comparisons) for name in comparisons["protocol"].unique()}
     if len(of["clustering"]):
@@ -220,6 +238,7 @@ def joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
+    from workflow import fingerprints, qc
     from workflow.logs import log_to
 
     log_to(snakemake.log[0])
@@ -237,4 +256,17 @@ if __name__ == "__main__":
         figure.text(0.5, 0.995, "allow_contamination is on", color="#CC3311", ha="center", va="top", fontweight="bold")
     save(figure, output.figure, simulated=bool((notes["kind"] == "simulated").any()))
     scores = joined([read_table(path) for path in given.scores])
-    Path(output.page).write_text(scores_page(dataset, comparisons, scores, notes, contaminated), encoding="utf-8")
+    admitted, quarantine, duplicates, remarks = (
+        qc.read_table(path) for path in (given.admitted, given.quarantine, given.duplicates, given.remarks)
+    )
+    printed = fingerprints.read_table(given.fingerprints)
+    rows = list(snakemake.params.rows)
+    known = {row["slice"] for row in printed if row["dataset"] == dataset} | set(rows)
+    kept = contamination.kept_of(dataset, remarks, known)
+    bases = sorted({split_suffix(method)[0] for method in scores["method"]})
+    elsewhere = [base for base in bases if base.startswith("stpatch_") or base in PRETRAINED_ELSEWHERE]
+    listed = list(snakemake.params.pretrained)
+    status = contamination.status(dataset, listed, rows, admitted, quarantine, duplicates, remarks, printed, elsewhere)
+    said = findings(dataset, scores, comparisons, notes, admitted[admitted["split"] == dataset], kept)
+    text = scores_page(dataset, comparisons, scores, notes, contaminated, said, status)
+    Path(output.page).write_text(text, encoding="utf-8")
