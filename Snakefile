@@ -46,7 +46,12 @@ include: "rules/shards.smk"
 include: "rules/dataset_card.smk"
 include: "rules/pretrain.smk"
 include: "rules/embed.smk"
+include: "rules/foreign.smk"
 include: "rules/annotate.smk"
+include: "rules/score.smk"
+include: "rules/mlp.smk"
+include: "rules/cluster.smk"
+include: "rules/reconstruct.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
 include: "rules/estimate.smk"
@@ -59,3 +64,8 @@ localrules:
     evaluate,
     curve,
     scoreboard,
+    foreign_slice,
+    cluster_maps,
+    clustering_figure,
+    confusion,
+    reconstruction_figure,

@@ -43,8 +43,9 @@ def probe(results: Path, embeddings: Path, sections: list[str]) -> tuple[float, 
     x, section = np.concatenate(features)[known], section[known]
     y = np.unique(label[known].astype(str), return_inverse=True)[1]
     predicted = np.empty_like(y)
-    for _, train, test in leave_section(section):
-        predicted[test] = logistic(x[train], y[train], x[test]).classes
+    splits = [(train, test) for _, train, test in leave_section(section)]
+    for (_, test), prediction in zip(splits, logistic(x, y, splits), strict=True):
+        predicted[test] = prediction.classes
     scores = metrics(y, predicted)
     return scores["accuracy"], scores["ari"]
 

@@ -1,48 +1,41 @@
-"""Frozen embeddings and controls through the same probes on the same splits, dataset by dataset.
+"""What was measured, of all datasets, in one table each; also the target `evaluate`.
 
-In: `<results>/slices/{slice}.h5ad`, `<results>/embeddings/{stpatch,untrained}/{slice}.safetensors`.
-Out: `<results>/metrics/{dataset}/scores.tsv`, `predictions.tsv.gz` and `notes.tsv`; all datasets in
-`<results>/metrics/scores.tsv`.
+In: `<results>/metrics/{dataset}/{stage}.tsv` and `{stage}.notes.tsv` of the stages that the config asks for;
+`comparisons.tsv` of `score`, `mlp.comparisons.tsv`.
+Out: `<results>/metrics/scores.tsv`, `comparisons.tsv`, `notes.tsv`.
 """
 
+# STAGES that measure; what asks for them stands in the section `evaluate` of the config.
+STAGES = ["score"]
+STAGES += ["mlp"] if "mlp" in config["evaluate"]["heads"] else []
+STAGES += ["cluster"] if "clustering" in config["evaluate"]["protocols"] else []
+STAGES += ["reconstruct"] if "reconstruction" in config["evaluate"]["protocols"] else []
 
-rule score:
-    input:
-        slices=lambda w: expand("<results>/slices/{slice}.h5ad", slice=admitted(w.dataset)),
-        stpatch=lambda w: expand(
-            "<results>/embeddings/stpatch/{slice}.safetensors", slice=admitted(w.dataset)
-        ),
-        untrained=lambda w: expand(
-            "<results>/embeddings/untrained/{slice}.safetensors", slice=admitted(w.dataset)
-        ),
-    output:
-        scores="<results>/metrics/{dataset}/scores.tsv",
-        predictions="<results>/metrics/{dataset}/predictions.tsv.gz",
-        notes="<results>/metrics/{dataset}/notes.tsv",
-    log:
-        "<results>/logs/score/{dataset}.log",
-    benchmark:
-        "<results>/benchmarks/score/{dataset}.tsv"
-    conda:
-        "../envs/eval.yaml"
-    resources:
-        mem_mb=lambda wildcards, attempt: 8000 * attempt,
-    params:
-        heads=config["evaluate"]["heads"],
-        protocols=config["evaluate"]["protocols"],
-        splits=config["evaluate"]["splits"],
-        seed=config["seed"],
-        target_sum=config["target_sum"],
-    script:
-        "../workflow/score.py"
+
+def measured(*datasets, part=""):
+    """The stages' tables of these datasets (all if none is named); with `part=".notes"` their notes."""
+    return expand(
+        "<results>/metrics/{dataset}/{stage}{part}.tsv",
+        dataset=datasets or filter(admitted, DATASETS),
+        stage=STAGES,
+        part=part,
+    )
 
 
 # Also the target: snakemake evaluate
 rule evaluate:
     input:
-        lambda w: expand("<results>/metrics/{dataset}/scores.tsv", dataset=filter(admitted, DATASETS)),
+        scores=lambda w: measured(),
+        notes=lambda w: measured(part=".notes"),
+        comparisons=lambda w: expand(
+            "<results>/metrics/{dataset}/{table}.tsv",
+            dataset=filter(admitted, DATASETS),
+            table=["comparisons", *(["mlp.comparisons"] if "mlp" in STAGES else [])],
+        ),
     output:
-        "<results>/metrics/scores.tsv",
+        scores="<results>/metrics/scores.tsv",
+        notes="<results>/metrics/notes.tsv",
+        comparisons="<results>/metrics/comparisons.tsv",
     log:
         "<results>/logs/evaluate/evaluate.log",
     conda:

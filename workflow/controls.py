@@ -132,7 +132,7 @@ def neighbours(section: Section, n: int) -> sparse.csr_matrix:
     if section.lattice == "staggered":
         rows, cols = _rings(section.array, RINGS[n])
     else:
-        rows, cols = _nearest(section.position if section.array is None else section.array, n)
+        rows, cols = nearest(section.position if section.array is None else section.array, n)
     size = (section.n_spots, section.n_spots)
     near = sparse.csr_matrix((np.ones(len(rows)), (rows, cols)), shape=size)
     near.sort_indices()
@@ -151,7 +151,7 @@ def _rings(array: np.ndarray, rings: int) -> tuple[np.ndarray, np.ndarray]:
     return rows, found[rows, step]
 
 
-def _nearest(position: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(position: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     wanted = min(n + 1, len(position))
     # More than wanted are asked for, so that the order among equal distances is ours and not the tree's.
     asked = min(2 * n + 16, len(position))

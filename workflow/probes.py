@@ -1,57 +1,65 @@
-"""The heads put on frozen features, and the metrics of what they predict; classes are ints, ordered by name."""
+"""The heads put on frozen features, for all splits of a dataset at once; classes are ints, ordered by name."""
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, adjusted_rand_score, f1_score, normalized_mutual_info_score
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+
+from workflow.intervals import metrics_of
+from workflow.nearest import vote
 
 N_NEIGHBOURS = 10
 INVERSE_PENALTY = 0.1  # C of the logistic probe
 MAX_ITER = 500
 
+Spots = tuple[np.ndarray, np.ndarray]  # who trains, who is tested: int, ascending
+
 
 class Prediction(NamedTuple):
     classes: np.ndarray  # int, of the tested spots
-    converged: bool
+    converged: bool = True
 
 
-def majority(train_y: np.ndarray, n_test: int) -> Prediction:
+def majority(y: np.ndarray, splits: list[Spots]) -> list[Prediction]:
     """The most frequent class of the training spots (equal ones: the first) for every tested spot."""
-    classes, count = np.unique(train_y, return_counts=True)
-    return Prediction(np.repeat(classes[count.argmax()], n_test), True)
+    return [Prediction(np.repeat(np.bincount(y[train]).argmax(), len(test))) for train, test in splits]
 
 
-def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray) -> Prediction:
+def knn(x: np.ndarray, y: np.ndarray, splits: list[Spots]) -> list[Prediction]:
     """Vote of the 10 nearest training spots, Euclidean; equal votes go to the first class."""
-    model = KNeighborsClassifier(n_neighbors=min(N_NEIGHBOURS, len(train_y)))
-    return Prediction(model.fit(train_x, train_y).predict(test_x), True)
+    return [Prediction(classes) for classes in vote(x, y, splits, N_NEIGHBOURS)]
 
 
-def logistic(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray) -> Prediction:
-    """Multinomial logistic regression, C = .1, on features standardised on the training spots."""
-    if len(np.unique(train_y)) == 1:
-        return majority(train_y, len(test_x))
-    scaler = StandardScaler().fit(train_x)
-    model = LogisticRegression(C=INVERSE_PENALTY, max_iter=MAX_ITER)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told apart by n_iter_, and recorded
-        model.fit(scaler.transform(train_x), train_y)
-    return Prediction(model.predict(scaler.transform(test_x)), bool(model.n_iter_.max() < MAX_ITER))
+def logistic(x: np.ndarray, y: np.ndarray, splits: list[Spots]) -> list[Prediction]:
+    """Multinomial logistic regression, C = .1, on features standardised on the training spots.
+
+    In float32: half the time, and no farther from the optimum than the solver's tolerance leaves float64.
+    A `ConvergenceWarning` is the caller's to silence; `converged` says the same.
+    """
+    x = (x - x.mean(axis=0)).astype(np.float32)  # large offsets would cost digits
+    predictions = []
+    for train, test in splits:
+        if len(np.unique(y[train])) == 1:
+            predictions += majority(y, [(train, test)])
+            continue
+        scaler = StandardScaler().fit(x[train])
+        model = LogisticRegression(C=INVERSE_PENALTY, max_iter=MAX_ITER).fit(scaler.transform(x[train]), y[train])
+        converged = bool(model.n_iter_.max() < MAX_ITER)
+        predictions.append(Prediction(model.predict(scaler.transform(x[test])), converged))
+    return predictions
 
 
 HEADS = {"knn": knn, "logistic": logistic}
 
 
+def confusion(truth: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
+    """Counts of true class by predicted class, int64 [n_classes, n_classes]."""
+    counts = np.bincount(truth * n_classes + predicted, minlength=n_classes * n_classes)
+    return counts.reshape(n_classes, n_classes)
+
+
 def metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """Accuracy, macro F1 (over the classes true or predicted), adjusted Rand index, normalised mutual information."""
-    return {
-        "accuracy": float(accuracy_score(truth, predicted)),
-        "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),
-        "ari": float(adjusted_rand_score(truth, predicted)),
-        "nmi": float(normalized_mutual_info_score(truth, predicted)),
-    }
+    n_classes = 1 + max(truth.max(), predicted.max())
+    return {name: float(value) for name, value in metrics_of(confusion(truth, predicted, n_classes)).items()}

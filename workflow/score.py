@@ -1,78 +1,44 @@
-"""Score one dataset: frozen embeddings and controls through the same probes on the same splits.
+"""Score one dataset: frozen embeddings and controls through the same probes on the same splits."""
 
-Spots without a label stay out of the probes but in neighbourhoods, components and per-section statistics.
-"""
-
-from collections import defaultdict
+import sys
+import time
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from workflow import probes, protocols
-from workflow.controls import Section, centre, common_genes, control_features, load_section, standardise
-from workflow.errors import DamagedFile
-from workflow.reading import read_tensors
+from workflow.assemble import COLUMNS, Assembled, Notes, assemble, by_model, load, tested
+from workflow.controls import Section
+from workflow.intervals import COMPARISONS, compare, metrics_of
+from workflow.published import PUBLISHED, check
 
-COLUMNS = ["dataset", "section", "method", "head", "protocol", "split", "metric", "value"]
-NOTES = ["kind", "protocol", "split", "section", "method", "head", "detail"]
-SUFFIXES = {"+centred": centre, "+standardised": standardise}
-PLAIN = {"coordinates", "coordinates_section"}  # methods that go without suffix
+PLACE = ["section", "spot", "label"]  # of the predictions, before the methods' columns
+
+Key = tuple[str, str]  # method and head
 
 
 class Scored(NamedTuple):
     scores: pd.DataFrame  # COLUMNS
-    predictions: pd.DataFrame  # section, spot, label, then a column `protocol:method:head` each
-    notes: pd.DataFrame  # NOTES
+    notes: pd.DataFrame  # assemble.NOTES
+    comparisons: pd.DataFrame  # COMPARISONS
+    predictions: pd.DataFrame  # PLACE, then a column `protocol:method:head` each
 
 
-def load_embedding(path: str | Path, section: Section) -> tuple[np.ndarray, dict[str, str]]:
-    """Embeddings in the order of the curated slice, float64 [n_spots, d], NaN where a spot has none; the metadata.
+@dataclass
+class Shown:
+    """One split of one protocol: of the fit with this number, the predictions of these tested spots."""
 
-    Raises
-    ------
-    DamagedFile
-        If the file belongs to another slice, has another version, names a spot twice or out of range, or is not finite.
-    """
-    x, spot, about = read_tensors(path)
-    wrong = ""
-    if about.get("format_version") != "1":
-        wrong = f"format_version {about.get('format_version')}"
-    elif about.get("slice") != section.name:
-        wrong = f"embeddings of slice {about.get('slice')}"
-    elif len(x) != len(spot) or len(np.unique(spot)) != len(spot):
-        wrong = f"{len(x)} embeddings for {len(np.unique(spot))} distinct spots"
-    elif len(spot) and (spot.min() < 0 or spot.max() >= section.n_spots):
-        wrong = f"spots {spot.min()} to {spot.max()} of {section.n_spots}"
-    elif not np.isfinite(x).all():
-        wrong = f"{int((~np.isfinite(x).all(axis=1)).sum())} spots with values that are not finite"
-    if wrong:
-        raise DamagedFile(
-            slice=section.name,
-            file=str(path),
-            found=wrong,
-            expected="version 1, one finite embedding a spot of this slice",
-            next_step="delete the file and run again, so that rule embed writes it anew",
-        )
-    full = np.full((section.n_spots, x.shape[1]), np.nan)
-    full[spot] = x
-    return full, about
-
-
-def with_suffixes(features: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
-    """Every method but positions alone also centred and standardised by section, so that controls get what a model gets.
-
-    With one section alone nothing is added: the splits then lie within it.
-    """
-    extended = dict(features)
-    for method, by_section in features.items():
-        if method not in PLAIN and len(by_section) > 1:
-            for suffix, treat in SUFFIXES.items():
-                extended[method + suffix] = [treat(x) for x in by_section]
-    return extended
+    split: int
+    fit: int
+    test: np.ndarray
 
 
 def score(
@@ -83,130 +49,136 @@ def score(
     heads: list[str],
     protocol_names: list[str],
     n_splits: int,
+    window: tuple[int, int],
     seed: int,
     target_sum: float,
-    pretrained_on_simulated: bool = False,
+    threads: int = 1,
+    notes: Notes | None = None,
+    published: str | Path = PUBLISHED,
 ) -> Scored:
     """Scores of all methods on a dataset.
 
     Parameters
     ----------
-    sections
-        All admitted sections, in the order of their names.
-    embeddings
-        Method name -> one float [n_spots, d] a section, rows of NaN for spots without embedding.
+    sections, embeddings, notes
+        As by `assemble.load`.
     heads, protocol_names
-        Keys of `probes.HEADS`; names of functions in `protocols`.
+        Keys of `probes.HEADS`; names of functions in `protocols`, and `blocks_buffered`.
+    window
+        Height and width of the model's windows in cells, for `blocks_buffered`.
+    threads
+        Methods at a time; the result is the same for any number.
+    published
+        Table of the counts that the sources state (`workflow.published`).
 
     Returns
     -------
     Scored
-        The score table, for each split by section and pooled over all tested spots of the split; predictions of the
-        protocol that maps are drawn of: `leave_section`, else the first one (its split 0); and notes on what the
-        scores leave out. Empty, but for notes, where no spot has a label.
+        The score table, for each split by section and pooled over all tested spots of the split; notes on what the
+        scores leave out; every method beside the strongest control; predictions of the protocol that maps are drawn of:
+        `leave_section`, else the first one (its split 0). Empty, but for notes, where no spot has a label.
     """
-    notes = Notes()
-    for section in sections:
-        if section.simulated:
-            notes.add("simulated", section=section.name, detail="simulated slice")
-    if pretrained_on_simulated:
-        notes.add("simulated", method="stpatch", detail="pretrained on simulated slices")
-    if not any(label is not None for section in sections for label in section.labels):
-        notes.add("no_labels", detail=f"{len(sections)} sections, none with labels: nothing to score")
-        return Scored(pd.DataFrame(columns=COLUMNS), pd.DataFrame(columns=["section", "spot", "label"]), notes.frame())
+    notes = notes or Notes()
+    for section, detail in check(dataset, sections, published):
+        notes.add("published_count", section=section, detail=detail)
+    data = assemble(sections, embeddings, target_sum, notes)
+    rows, comparisons, columns = [], [pd.DataFrame(columns=COMPARISONS)], {}
+    if len(data.y):
+        cell = _cells(data, notes)
+        block, donor = protocols.blocks_of(data.of_section, cell), _donors(data)
+        fits, plan = _plan(dataset, data, cell, block, donor, protocol_names, n_splits, window, seed, notes)
+        predicted = _predict(data, fits, heads, threads)
+        names = [section.name for section in sections]
+        mapped = "leave_section" if "leave_section" in plan else next(iter(plan), None)
+        for protocol, shown in plan.items():
+            runs = {key: list(_runs(run, fits, shown)) for key, run in predicted.items()}
+            _note_fits(protocol, shown, predicted, notes)
+            rows += _rows(dataset, protocol, runs, data)
+            found = compare(
+                dataset, protocol, runs, data.y, data.of_section, block, sections=names, donor=donor, seed=seed
+            )
+            comparisons.append(found)
+            if protocol == mapped:
+                columns = _columns(protocol, runs, data)
+            _say(f"{protocol}: {len(shown)} splits scored and compared")
+    place = [[sections[index].name for index in data.of_section], data.spot, data.classes[data.y]]
+    return Scored(
+        pd.DataFrame(rows, columns=COLUMNS),
+        notes.frame(),
+        pd.concat([frame for frame in comparisons if len(frame)] or comparisons),
+        pd.DataFrame({**dict(zip(PLACE, place, strict=True)), **columns}),
+    )
 
-    features = with_suffixes({**control_features(sections, target_sum), **embeddings})
-    notes.add("genes", detail=f"{len(common_genes(sections))} genes measured by all {len(sections)} sections")
-    for unit in sorted({section.position_unit for section in sections} - {"micrometres"}):
-        notes.add("position", detail=f"positions in {unit}: the source gives no scale")
 
-    everything = {method: np.concatenate(by_section) for method, by_section in features.items()}
-    labels = np.concatenate([section.labels for section in sections])
-    of_section = np.repeat(np.arange(len(sections)), [section.n_spots for section in sections])
-    labelled = np.array([label is not None for label in labels])
-    embedded = np.all([np.isfinite(everything[method]).all(axis=1) for method in embeddings], axis=0)
-    for kind, absent in (("unlabelled", ~labelled), ("without_embedding", labelled & ~embedded)):
-        for section, n in zip(sections, np.bincount(of_section[absent], minlength=len(sections)), strict=True):
-            if n:
-                notes.add(kind, section=section.name, detail=f"{n} of {section.n_spots} spots left out")
-    chosen = np.flatnonzero(labelled & embedded)
+def _cells(data: Assembled, notes: Notes) -> np.ndarray:
+    by_section = []
+    for index, section in enumerate(data.sections):
+        spots = data.spot[data.of_section == index]
+        by_section.append(protocols.cells(section.lattice, section.array, section.position)[spots])
+        if section.array is None and len(spots):
+            width = f"{protocols.pitch(section.position):.4g} {section.position_unit}"
+            detail = f"no capture lattice: cells are bins of {width}, the median distance of nearest spots"
+            notes.add("binned_positions", section=section.name, detail=detail)
+    return np.concatenate(by_section)
 
-    classes, y = np.unique(labels[chosen].astype(str), return_inverse=True)
-    of_section = of_section[chosen]
-    x = {method: values[chosen] for method, values in everything.items()}
-    rows, predicted = [], {}
-    mapped = "leave_section" if "leave_section" in protocol_names and len(np.unique(of_section)) > 1 else None
+
+def _donors(data: Assembled) -> np.ndarray:
+    """Rank of each spot's donor among those of labelled sections, int [n]; -1 where it is unknown."""
+    donors = sorted({data.sections[index].donor for index in np.unique(data.of_section)} - {""})
+    rank = {donor: index for index, donor in enumerate(donors)}
+    return np.array([rank.get(section.donor, -1) for section in data.sections])[data.of_section]
+
+
+def _plan(
+    dataset, data, cell, block, donor, protocol_names, n_splits, window, seed, notes
+) -> tuple[list[probes.Spots], dict[str, list[Shown]]]:
+    """What is fitted, and what each protocol shows of it: `blocks_buffered` shows part of what `blocks` tests."""
+    fits: list[probes.Spots] = []
+    number: dict[tuple[str, int], int] = {}  # of a split's fit
+    plan: dict[str, list[Shown]] = {}
     for protocol in protocol_names:
-        splits = list(_splits(protocol, dataset, sections, of_section, chosen, n_splits, seed, notes))
-        mapped = mapped or (protocol if splits else None)
-        for split, train, test in splits:
+        fitted = "blocks" if protocol == "blocks_buffered" else protocol
+        for split, train, all_tested in _splits(fitted, dataset, data, block, donor, n_splits, seed, notes):
+            test = all_tested
+            if protocol == "blocks_buffered":
+                ((_, _, test),) = protocols.buffered([(split, train, test)], data.of_section, cell, window)
+                detail = f"{len(test)} of {len(all_tested)} tested spots remain"
+                notes.add("buffered", protocol=protocol, split=split, detail=detail)
             if not len(train) or not len(test):
                 found = f"{len(train)} training and {len(test)} tested spots"
                 notes.add("split_skipped", protocol=protocol, split=split, detail=found)
                 continue
-            for name in classes[~np.isin(np.arange(len(classes)), y[train])]:
+            for name in data.classes[~np.isin(np.arange(len(data.classes)), data.y[train])]:
                 notes.add("class_absent_from_training", protocol=protocol, split=split, detail=name)
-            for method, head, prediction in _predict(x, y, train, test, heads):
-                if not prediction.converged:
-                    where = {"protocol": protocol, "split": split, "method": method, "head": head}
-                    notes.add("not_converged", detail=f"stopped after {probes.MAX_ITER} iterations", **where)
-                for section, of in _tested(sections, of_section[test]):
-                    for metric, value in probes.metrics(y[test][of], prediction.classes[of]).items():
-                        rows.append((dataset, section, method, head, protocol, split, metric, value))
-                if protocol == mapped and (split == 0 or protocol == "leave_section"):
-                    column = predicted.setdefault(f"{protocol}:{method}:{head}", np.full(len(y), "", dtype=object))
-                    column[test] = classes[prediction.classes]
-
-    first = np.cumsum([0] + [section.n_spots for section in sections])[:-1]
-    place = {
-        "section": np.array([section.name for section in sections], dtype=object)[of_section],
-        "spot": chosen - first[of_section],
-        "label": classes[y],
-    }
-    return Scored(pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame({**place, **predicted}), notes.frame())
+            if (fitted, split) not in number:
+                number[fitted, split] = len(fits)
+                fits.append((train, all_tested))
+            plan.setdefault(protocol, []).append(Shown(split, number[fitted, split], test))
+    return fits, plan
 
 
-class Notes:
-    """What a reader of the scores must know, collected row by row."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict] = []
-
-    def add(self, kind: str, **fields) -> None:
-        self.rows.append(defaultdict(str, kind=kind, **fields))
-
-    def frame(self) -> pd.DataFrame:
-        return pd.DataFrame([[row[name] for name in NOTES] for row in self.rows], columns=NOTES)
-
-
-def _splits(protocol, dataset, sections, of_section, chosen, n_splits, seed, notes) -> Iterator[protocols.Split]:
+def _splits(protocol, dataset, data, block, donor, n_splits, seed, notes) -> Iterator[protocols.Split]:
+    labelled = [data.sections[index] for index in np.unique(data.of_section)]
     if protocol == "random20":
-        yield from protocols.random20(len(of_section), n_splits, seed, dataset)
+        yield from protocols.random20(len(data.y), n_splits, seed, dataset)
     elif protocol == "blocks":
-        if any(section.array is None for section in sections):
-            notes.add("protocol_skipped", protocol=protocol, detail="a section has no capture lattice to lay blocks on")
-            return
-        array = np.concatenate([section.array for section in sections])[chosen]
-        yield from protocols.blocks(of_section, array, n_splits, seed, dataset)
+        yield from protocols.blocks(block, n_splits, seed, dataset)
     elif protocol == "leave_section":
-        if len(np.unique(of_section)) < 2:
+        if len(labelled) < 2:
             notes.add("protocol_skipped", protocol=protocol, detail="fewer than two labelled sections")
             return
-        _note_shared_donors([sections[index] for index in np.unique(of_section)], notes)
-        yield from protocols.leave_section(of_section)
+        _note_shared_donors(labelled, notes)
+        yield from protocols.leave_section(data.of_section)
     elif protocol == "leave_donor":
-        labelled = [sections[index] for index in np.unique(of_section)]
-        donors = sorted({section.donor for section in labelled} - {""})
-        if len(donors) < 2:
+        if donor.max() < 1:
             notes.add("protocol_skipped", protocol=protocol, detail="fewer than two known donors of labelled sections")
             return
         for section in labelled:
             if not section.donor:
                 notes.add("unknown_donor", protocol=protocol, section=section.name, detail="neither trains nor tested")
-        rank = {donor: index for index, donor in enumerate(donors)}
-        yield from protocols.leave_donor(np.array([rank.get(section.donor, -1) for section in sections])[of_section])
+        yield from protocols.leave_donor(donor)
     else:
-        known = "random20, blocks, leave_section, leave_donor"
+        known = "random20, blocks, blocks_buffered, leave_section, leave_donor"
         raise ValueError(f"unknown protocol {protocol!r}; known: {known}")
 
 
@@ -220,25 +192,88 @@ def _note_shared_donors(labelled: list[Section], notes: Notes) -> None:
             notes.add("shared_donor", detail=f"{', '.join(others)} of donor {section.donor} {verb}", **where)
 
 
-def _predict(x, y, train, test, heads) -> Iterator[tuple[str, str, probes.Prediction]]:
-    yield "majority", "none", probes.majority(y[train], len(test))
-    for method, values in x.items():
+def _predict(
+    data: Assembled, fits: list[probes.Spots], heads: list[str], threads: int
+) -> dict[Key, list[probes.Prediction]]:
+    """(method, head) -> a prediction a fit; classes in the smallest int, as there are thousands of predictions."""
+    small = np.min_scalar_type(-len(data.classes))
+
+    def shrunk(predictions: list[probes.Prediction]) -> list[probes.Prediction]:
+        return [made._replace(classes=made.classes.astype(small)) for made in predictions]
+
+    def of(method: str) -> list[list[probes.Prediction]]:
+        x, found, took = data.x[method], [], []
         for head in heads:
-            yield method, head, probes.HEADS[head](values[train], y[train], values[test])
+            began = time.thread_time()
+            found.append(shrunk(probes.HEADS[head](x, data.y, fits)))
+            took.append(f"{head} {time.thread_time() - began:.1f} s")
+        _say(f"{method}: {len(fits)} fits, CPU: {', '.join(took)}")
+        return found
+
+    predicted = {("majority", "none"): shrunk(probes.majority(data.y, fits))}
+    # Threads, for nearly all time is spent in BLAS and compiled loops. Told apart by `converged`, and noted:
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for method, found in zip(data.x, pool.map(of, data.x), strict=True):
+            predicted |= {(method, head): run for head, run in zip(heads, found, strict=True)}
+    return predicted
 
 
-def _tested(sections, of_section) -> Iterator[tuple[str, np.ndarray]]:
-    yield "pooled", np.arange(len(of_section))
-    for index in np.unique(of_section):
-        yield sections[index].name, np.flatnonzero(of_section == index)
+def _runs(
+    run: list[probes.Prediction], fits: list[probes.Spots], shown: list[Shown]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    for one in shown:
+        yield one.split, one.test, run[one.fit].classes[np.searchsorted(fits[one.fit][1], one.test)]
 
 
-def write(scored: Scored, scores: str | Path, predictions: str | Path, notes: str | Path) -> None:
-    """The three tables, tab-separated; the same bytes for the same values."""
+def _note_fits(protocol, shown, predicted, notes) -> None:
+    for one in shown:
+        for (method, head), run in predicted.items():
+            if not run[one.fit].converged:
+                where = {"protocol": protocol, "split": one.split, "method": method, "head": head}
+                notes.add("not_converged", detail=f"stopped after {probes.MAX_ITER} iterations", **where)
+
+
+def _rows(dataset: str, protocol: str, runs: dict[Key, list], data: Assembled) -> Iterator[tuple]:
+    """Rows of the score table: split by split, method by method, pooled before the sections."""
+    for shown in zip(*runs.values(), strict=True):
+        split, test, _ = shown[0]
+        scopes = list(tested(data.sections, data.of_section[test]))
+        truth = [data.y[test[of]] for _, of in scopes]
+        for (method, head), (_, _, classes) in zip(runs, shown, strict=True):
+            counts = [
+                probes.confusion(true, classes[of], len(data.classes))
+                for true, (_, of) in zip(truth, scopes, strict=True)
+            ]
+            found = metrics_of(np.array(counts))
+            for at, (section, _) in enumerate(scopes):
+                for metric, values in found.items():
+                    yield dataset, section, method, head, protocol, split, metric, values[at]
+
+
+def _columns(protocol: str, runs: dict[Key, list], data: Assembled) -> dict[str, np.ndarray]:
+    """Predicted names of all tested spots, "" elsewhere: of every split of `leave_section`, else of the first."""
+    columns = {}
+    for (method, head), run in runs.items():
+        column = columns[f"{protocol}:{method}:{head}"] = np.full(len(data.y), "", dtype=object)
+        for _, test, classes in run if protocol == "leave_section" else run[:1]:
+            column[test] = data.classes[classes]
+    return columns
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def write(
+    scored: Scored, scores: str | Path, notes: str | Path, comparisons: str | Path, predictions: str | Path
+) -> None:
+    """The four tables, tab-separated; the same bytes for the same values."""
     table = {"sep": "\t", "index": False, "lineterminator": "\n"}
     scored.scores.to_csv(scores, float_format="%.6f", **table)
-    scored.predictions.to_csv(predictions, compression={"method": "gzip", "mtime": 0}, **table)
     scored.notes.to_csv(notes, **table)
+    scored.comparisons.to_csv(comparisons, float_format="%.6f", **table)
+    scored.predictions.to_csv(predictions, compression={"method": "gzip", "mtime": 0}, **table)
 
 
 if __name__ == "__main__":
@@ -247,22 +282,19 @@ if __name__ == "__main__":
     log_to(snakemake.log[0])
     given, params, output = snakemake.input, snakemake.params, snakemake.output
     with threadpool_limits(limits=1):  # sums in the same order on any machine
-        sections = [load_section(path) for path in given.slices]
-        embedded = {
-            model: [load_embedding(path, section) for path, section in zip(given[model], sections, strict=True)]
-            for model in ("untrained", "stpatch")
-        }
+        sections, embedded, notes = load(given.slices, by_model(params.models, given.embeddings))
         scored = score(
             snakemake.wildcards.dataset,
             sections,
-            {model: [x for x, _ in by_section] for model, by_section in embedded.items()},
+            embedded,
             heads=params.heads,
             protocol_names=params.protocols,
             n_splits=params.splits,
+            window=tuple(params.window),
             seed=params.seed,
             target_sum=params.target_sum,
-            pretrained_on_simulated=any(
-                about.get("simulated", "").lower() == "true" for _, about in embedded["stpatch"]
-            ),
+            threads=snakemake.threads,
+            notes=notes,
+            published=given.published,
         )
-    write(scored, output.scores, output.predictions, output.notes)
+    write(scored, output.scores, output.notes, output.comparisons, output.predictions)

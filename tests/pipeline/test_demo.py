@@ -84,7 +84,10 @@ def test_the_scores_hold_the_model_beside_its_controls(built_demo):
     assert {*controls, "untrained", "stpatch"} <= set(scores["method"])
     assert {"random20", "leave_section", "leave_donor"} <= set(scores["protocol"])
     assert {"knn", "logistic"} <= set(scores["head"])
-    assert scores["value"].between(-1, 1).all()
+    assert {"clustering", "reconstruction"} <= set(scores["protocol"])
+    bounded = scores[scores["metric"].isin(["accuracy", "macro_f1", "ari", "nmi", "homogeneity", "pearson"])]
+    assert bounded["value"].between(-1, 1).all()
+    assert set(bounded["protocol"]) == set(scores["protocol"])
 
 
 def test_a_users_own_h5ad_is_embedded_by_one_command(built_demo, tmp_path):

@@ -57,5 +57,5 @@ def test_the_report_says_that_the_evaluated_sections_were_trained_on(built):
     sentence = "The scores of stpatch are not those of unseen tissue"  # of the box on the start page alone
     assert sentence in (built / "results/report.html").read_text()
     assert json.loads((built / "results/pretrain/model/config.json").read_text())["data"]["allow_contamination"] is True
-    notes = pd.read_csv(built / "results/metrics/DLPFC/notes.tsv", sep="\t")
+    notes = pd.read_csv(built / "results/metrics/DLPFC/score.notes.tsv", sep="\t")
     assert {"shared_donor", "protocol_skipped"} <= set(notes["kind"])  # both sections are of one donor
