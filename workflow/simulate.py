@@ -4,6 +4,7 @@ A slice is a Visium capture area (78 rows, 128 columns, row + column even: 4,992
 layers and a nest, shared in shape by the sections of a donor. Each domain has a gene programme that all donors share; each donor
 shifts every gene a little (batch effect), each spot has its own depth, counts are negative binomial, and the uncovered spots
 see ambient RNA. A spot is a random mixture of cells, mostly of its own domain: alone it tells little, its neighbourhood tells much.
+Other ways of planting, for tests that need a known answer, are named in `PLANTED`.
 
 Everything is a function of the slice's name, its donor's name and `Settings`: the same on any machine and any number of cores.
 """
@@ -28,6 +29,14 @@ from workflow.sources import sha256_of
 
 ROWS, COLS = 78, 128
 SPOTS_PER_BLOCK = 256  # whose counts are drawn at a time
+PLANTED = {  # what tells a simulated slice's domains apart
+    "mixture": "cells of the own domain and some of the others; domains are layers and a nest",
+    "marker": "the own domain's programme alone: a spot suffices, its neighbours are drawn like it",
+    "arrangement": "how spots of two states lie among each other; both are as frequent in each domain",
+    "permuted": "nothing: as marker, and then the spots' counts were shuffled over the tissue",
+}
+TILE_ROWS, TILE_COLS = 16, 32  # of the lattice: a tile has one domain, drawn apart from its neighbours'
+PATCH = 8  # spots along the side of a patch of one state
 PLAIN_SYMBOL = re.compile(
     r"^(?!MIR|LINC|SNOR|SCARNA|RNU|RNA|RN7|RPL\d+P|RPS\d+P|OR\d|TRA|TRB|IGH|IGK|IGL)[A-Z]{2,5}[0-9]{0,2}$"
 )
@@ -49,10 +58,22 @@ class Settings:
     dispersion: float = 4.0  # shape of the gamma: variance = mean + mean^2 / dispersion
     ambient_depth: float = 25.0  # counts of a spot without tissue
     spread: float = 1.0  # of the tissue, as a factor of its radius: 1.3 covers three quarters of the area
+    planted: str = "mixture"  # a key of `PLANTED`
 
-    def seeds(self) -> list[tuple[str, float]]:
+    def __post_init__(self) -> None:
+        if self.planted not in PLANTED or self.planted == "arrangement" and self.n_domains != 2:
+            raise ValueError(
+                f"planted {self.planted!r} with {self.n_domains} domains; expected one of {', '.join(PLANTED)}, and two domains for "
+                "arrangement"
+            )
+
+    def facts(self) -> dict[str, float | str]:
+        """All fields; without `planted` where it is the default, so that slices that knew no other way keep their bytes."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("planted", "mixture")}
+
+    def seeds(self) -> list[tuple[str, float | str]]:
         """What the random numbers depend on: all but the spread, so that the same section may cover more."""
-        return [(name, value) for name, value in asdict(self).items() if name != "spread"]
+        return [(name, value) for name, value in self.facts().items() if name != "spread"]
 
 
 def generator(*parts: object) -> np.random.Generator:
@@ -143,6 +164,54 @@ def mix_cells(rng: np.random.Generator, domain: np.ndarray, settings: Settings) 
     return cells / cells.sum(1, keepdims=True)
 
 
+def plant_tiles(rng: np.random.Generator, row: np.ndarray, col: np.ndarray, n_domains: int) -> np.ndarray:
+    """Domain of each spot [n]: tiles of the lattice, as many of each domain as can be, in random order.
+
+    The tiles are the blocks of the protocol `blocks`, so that a spot's place says nothing of the domain in another block.
+    """
+    _, tile = np.unique(np.column_stack([row // TILE_ROWS, col // TILE_COLS]), axis=0, return_inverse=True)
+    tile = tile.ravel()
+    return rng.permutation(np.arange(tile.max() + 1) % n_domains)[tile]
+
+
+def arrange_states(rng: np.random.Generator, row: np.ndarray, col: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """State 0 or 1 of each spot [n]: in domain 0 the lattice's lines take turns, in domain 1 patches of `PATCH` x `PATCH` spots.
+
+    Both states are as frequent in every whole tile of either domain, so that a spot alone says nothing of its domain.
+    """
+    state = np.empty(len(row), dtype=np.int64)
+    tile = (row // TILE_ROWS) * (col.max() + 1) + col // TILE_COLS
+    for number in np.unique(tile):
+        here = np.flatnonzero(tile == number)
+        across, down = (col[here] % TILE_COLS) // (2 * PATCH), (row[here] % TILE_ROWS) // PATCH
+        patch = down * (TILE_COLS // (2 * PATCH)) + across
+        n_patches = (TILE_ROWS // PATCH) * (TILE_COLS // (2 * PATCH))
+        of_patch = rng.permutation(np.arange(n_patches) % 2)[patch]
+        of_line = (row[here] + rng.integers(2)) % 2
+        state[here] = np.where(domain[here] == 0, of_line, of_patch)
+    return state
+
+
+def plant(
+    shape: np.random.Generator, section: np.random.Generator, row: np.ndarray, col: np.ndarray, plane: np.ndarray,
+    settings: Settings,
+) -> np.ndarray:  # fmt: skip
+    """Domain of each spot [n], by `settings.planted`."""
+    if settings.planted == "mixture":
+        return plant_domains(shape, section, plane, settings.n_domains)
+    return plant_tiles(section, row, col, settings.n_domains)
+
+
+def compose(
+    rng: np.random.Generator, row: np.ndarray, col: np.ndarray, domain: np.ndarray, settings: Settings
+) -> np.ndarray:
+    """Share of each programme in each spot [n, n_domains], by `settings.planted`."""
+    if settings.planted == "mixture":
+        return mix_cells(rng, domain, settings)
+    state = arrange_states(rng, row, col, domain) if settings.planted == "arrangement" else domain
+    return (state[:, None] == np.arange(settings.n_domains)).astype(float)
+
+
 def draw_counts(rng: np.random.Generator, mean: np.ndarray, dispersion: float) -> sparse.csr_matrix:
     """Negative-binomial counts, int32 CSR, of ``mean`` [n, G]: Poisson of gamma, variance = mean + mean^2 / dispersion.
 
@@ -187,7 +256,7 @@ def simulate_slice(name: str, donor: str, genes_tsv: Path, settings: Settings | 
     plane = staggered_to_plane(row, col)
     shape, section = generator("shape", donor), generator("section", name, donor, *settings.seeds())
     covered = tissue(shape, section, plane, settings.spread)
-    domain = np.where(covered, plant_domains(shape, section, plane, settings.n_domains), -1)
+    domain = np.where(covered, plant(shape, section, row, col, plane, settings), -1)
 
     share = profiles(donor, settings)
     depth = np.where(
@@ -195,11 +264,15 @@ def simulate_slice(name: str, donor: str, genes_tsv: Path, settings: Settings | 
         settings.median_depth * np.exp(settings.depth_sigma * section.normal(size=len(row))),
         settings.ambient_depth,
     )
-    mixture = np.where(covered[:, None], mix_cells(section, domain, settings), 1 / settings.n_domains)
+    mixture = np.where(covered[:, None], compose(section, row, col, domain, settings), 1 / settings.n_domains)
     mean = mixture @ share
     mean *= depth[:, None]
     counts = draw_counts(section, mean, settings.dispersion)
     del mean
+    if settings.planted == "permuted":
+        inside, rows = np.flatnonzero(covered), np.arange(len(row))
+        rows[inside] = section.permutation(inside)
+        counts = counts[rows]
 
     turn = np.deg2rad(section.uniform(-3, 3))
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
@@ -223,6 +296,7 @@ def tiny_slice(
     holes: bool = True,
     name: str = "tiny",
     gene_offset: int = 0,
+    planted: str = "mixture",
 ) -> anndata.AnnData:
     """A small curated slice (docs/format.md) with planted domains, for tests: simulated.
 
@@ -238,6 +312,8 @@ def tiny_slice(
         ``staggered``, ``square`` or ``none`` (positions without a lattice).
     holes
         Whether some spots at the rim and in the middle are missing.
+    planted
+        A key of `PLANTED`; all but ``mixture`` need a lattice.
 
     Returns
     -------
@@ -249,6 +325,7 @@ def tiny_slice(
         median_depth=median_depth,
         programme_genes=n_genes // 2,
         programme_sigma=1.0,
+        planted=planted,
     )
     rng = generator("tiny", seed)
     if kind == "square":
@@ -264,10 +341,12 @@ def tiny_slice(
         away = (plane - middle) / reach
         keep = (np.hypot(*away.T) < 1.25) & (((away - 0.2) ** 2).sum(1) > 0.02)
         row, col, plane = row[keep], col[keep], plane[keep]
-    domain = plant_domains(generator("tiny shape", seed), rng, plane, n_domains)
+    domain = plant(generator("tiny shape", seed), rng, row, col, plane, settings)
     depth = median_depth * np.exp(settings.depth_sigma * rng.normal(size=len(row)))
-    share = mix_cells(rng, domain, settings) @ profiles(f"tiny{seed}", settings)
+    share = compose(rng, row, col, domain, settings) @ profiles(f"tiny{seed}", settings)
     counts = draw_counts(rng, depth[:, None] * share, settings.dispersion)
+    if planted == "permuted":
+        counts = counts[rng.permutation(len(row))]
 
     obs = pd.DataFrame(index=pd.Index(barcodes(len(row)).astype(object)))
     if kind != "none":
@@ -330,7 +409,12 @@ def layout_and_settings(name: str, row: dict[str, str]) -> tuple[str, Settings]:
                 f"slice {name}: simulated with {field}={value!r} (accession of its row); expected fields of "
                 f"{', '.join(f'{known} ({kind.__name__})' for known, kind in kinds.items())}. Next step: correct it."
             ) from error
-    return layout, Settings(**given)
+    try:
+        return layout, Settings(**given)
+    except ValueError as error:
+        raise CatalogueError(
+            f"slice {name}: simulated with {error} (accession of its row). Next step: correct it."
+        ) from error
 
 
 def write_slice(name: str, row: dict[str, str], genes_tsv: Path, manifest: Path) -> None:
@@ -348,7 +432,7 @@ def write_slice(name: str, row: dict[str, str], genes_tsv: Path, manifest: Path)
         "slice": name,
         "donor": row["donor"] or name,
         "layout": layout,
-        "settings": asdict(settings),
+        "settings": settings.facts(),
         **places,
         "files": [
             {"path": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
