@@ -9,6 +9,7 @@ configfile: Path(workflow.basedir) / "config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/measured.smk"
 
 
 pathvars:

@@ -6,17 +6,6 @@ In: `<results>/pretrain/{run}/` or a folder of `evaluate.models` (`model.safeten
 Out: `<results>/embeddings/{model}/{slice}.safetensors`, model being `untrained`, `stpatch` or a name of `evaluate.models`.
 """
 
-# ENCODERS: model -> its folder. MODELS: all whose embeddings are measured, those of others' methods included.
-ENCODERS = dict.fromkeys(["untrained", "stpatch"], f"<results>/pretrain/{RUN}") | config["evaluate"]["models"]
-MODELS = [*ENCODERS, *config["evaluate"]["foreign"]]
-
-
-def embeddings(wildcards):
-    """Files of all models for the slices of a dataset, model after model: `workflow.assemble.by_model` parts them."""
-    return expand(
-        "<results>/embeddings/{model}/{slice}.safetensors", model=MODELS, slice=admitted(wildcards.dataset)
-    )
-
 
 rule embed:
     input:

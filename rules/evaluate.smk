@@ -5,22 +5,6 @@ In: `<results>/metrics/{dataset}/{stage}.tsv` and `{stage}.notes.tsv` of the sta
 Out: `<results>/metrics/scores.tsv`, `comparisons.tsv`, `notes.tsv`.
 """
 
-# STAGES that measure; what asks for them stands in the section `evaluate` of the config.
-STAGES = ["score"]
-STAGES += ["mlp"] if "mlp" in config["evaluate"]["heads"] else []
-STAGES += ["cluster"] if "clustering" in config["evaluate"]["protocols"] else []
-STAGES += ["reconstruct"] if "reconstruction" in config["evaluate"]["protocols"] else []
-
-
-def measured(*datasets, part=""):
-    """The stages' tables of these datasets (all if none is named); with `part=".notes"` their notes."""
-    return expand(
-        "<results>/metrics/{dataset}/{stage}{part}.tsv",
-        dataset=datasets or filter(admitted, DATASETS),
-        stage=STAGES,
-        part=part,
-    )
-
 
 # Also the target: snakemake evaluate
 rule evaluate:

@@ -14,22 +14,6 @@ MAX_OVERVIEW = 60  # rows of the overview figures
 report: "captions/workflow.rst"
 
 
-def compared(dataset):
-    """The comparisons of every stage that puts probes on features."""
-    stages = {"score": "", "mlp": "mlp."}
-    return [
-        f"<results>/metrics/{dataset}/{prefix}comparisons.tsv"
-        for stage, prefix in stages.items()
-        if stage in STAGES
-    ]
-
-
-def drawn(stage, *figures):
-    """The figures of a stage, of all datasets, where the config asks for it."""
-    asked = figures if stage in STAGES else ()
-    return expand("<results>/report/{figure}/{dataset}.png", figure=asked, dataset=filter(admitted, DATASETS))
-
-
 rule panels:
     input:
         slice="<results>/slices/{slice}.h5ad",

@@ -139,17 +139,13 @@ def admitted(*splits):
     rows = [dict(zip(lines[0].split("\\t"), line.split("\\t"))) for line in lines[1:]]
     return sorted({{row["slice"] for row in rows if not splits or row["split"] in splits}})
 
-MODELS = ["untrained", "stpatch"]
-
-def embeddings(wildcards):
-    return expand("<results>/embeddings/{{model}}/{{slice}}.safetensors", model=MODELS, slice=admitted(wildcards.dataset))
-
 rule all:
     default_target: True
     input:
         "<results>/metrics/scores.tsv",
         "<results>/report.html",
 
+include: ROOT / "rules/measured.smk"
 include: ROOT / "rules/score.smk"
 include: ROOT / "rules/cluster.smk"
 include: ROOT / "rules/evaluate.smk"
