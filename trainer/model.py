@@ -320,8 +320,10 @@ def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder
         raise VocabularyMismatch(folder / "genes.tsv", found, expected, next_step)
     weights = folder / "model.safetensors"
     try:
-        tensors = safetensors.torch.load(read_sealed(weights, "restore it from a copy, or delete it and train again"))
-        check_sizes(cfg, vocabulary, tensors)
+        if weights.exists() or not untrained:  # the start needs no weights; where they are, they vouch for the sizes
+            remedy = "restore it from a copy, or delete it and train again"
+            tensors = safetensors.torch.load(read_sealed(weights, remedy))
+            check_sizes(cfg, vocabulary, tensors)
         if untrained:
             model = build(cfg, vocabulary, seed, folder / "components.safetensors")
         else:

@@ -224,7 +224,8 @@ def verdict_table(found: pd.DataFrame) -> str:
         what = row.protocol if row.protocol != "reconstruction" else f"reconstruction, {size(row.head)}"
         word = judged(row)
         lead = f"{row.difference:+.3f}" + (f" [{row.low:+.3f}, {row.high:+.3f}]" if pd.notna(row.low) else "")
-        sides = "".join(f"<td>{html.escape(side)}</td>" for side in sides_of(row))
+        # Names of methods may break behind a plus: unbroken they are wider than the page of a report.
+        sides = "".join(f"<td>{html.escape(side).replace('+', '+<wbr>')}</td>" for side in sides_of(row))
         lines.append(
             f'<tr><td>{what}</td><td>{TITLES[row.metric]}</td>{sides}<td class="number">{lead}</td>'
             f'<td class="{word.replace(" ", "-")}">{word}</td></tr>'
