@@ -8,7 +8,7 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from workflow.keys import Keys
-from workflow.plotting import domain_colours, draw_spots, headline, new_figure, save
+from workflow.plotting import domain_colours, draw_spots, empty_figure, headline, new_figure, save
 
 MAX_SECTIONS = 4
 REFERENCES = {"labels", "one_domain"}  # no clusterings
@@ -116,7 +116,5 @@ if __name__ == "__main__":
             slice_.file.close()
         figure = draw(dataset, domains, pd.read_csv(given.scores, sep="\t"), places)
     else:
-        figure, axes = new_figure(figsize=(8, 2))
-        axes.set_axis_off()
-        axes.text(0, 0.5, f"{dataset}: no section has two labelled domains, nothing to map")
+        figure = empty_figure(f"{dataset}: no section has two labelled domains, nothing to map")
     save(figure, snakemake.output[0], simulated=bool((notes["kind"] == "simulated").any()))

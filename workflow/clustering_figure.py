@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from workflow.intervals import is_control, split_suffix
-from workflow.plotting import CONTROL, MODEL, headline, list_rows, new_figure, save
+from workflow.plotting import CONTROL, MODEL, empty_figure, headline, list_rows, new_figure, save
 from workflow.score_tables import ordered
 from workflow.scoreboard import read_notes, read_table
 from workflow.verdicts import REFERENCE, TITLES
@@ -66,8 +66,6 @@ if __name__ == "__main__":
     if len(scores):
         figure = draw(dataset, scores)
     else:
-        figure, axes = new_figure(figsize=(8, 2))
-        axes.set_axis_off()
-        axes.text(0, 0.5, f"{dataset}: nothing was clustered; the notes of rule cluster say why")
+        figure = empty_figure(f"{dataset}: nothing was clustered; the notes of rule cluster say why")
     notes = read_notes(snakemake.input.notes)
     save(figure, snakemake.output[0], simulated=bool((notes["kind"] == "simulated").any()))

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from workflow.maps import best_columns, correct
-from workflow.plotting import headline, new_figure, save
+from workflow.plotting import empty_figure, headline, new_figure, save
 from workflow.scoreboard import read_notes, read_table
 
 NUMBERED = 12  # with more domains the cells are too small for figures
@@ -50,7 +50,5 @@ if __name__ == "__main__":
     if len(predictions):
         figure = draw(dataset, predictions, read_table(given.comparisons))
     else:
-        figure, axes = new_figure(figsize=(8, 2))
-        axes.set_axis_off()
-        axes.text(0, 0.5, f"{dataset}: no section has labels, nothing to confuse")
+        figure = empty_figure(f"{dataset}: no section has labels, nothing to confuse")
     save(figure, snakemake.output[0], simulated=bool((read_notes(given.notes)["kind"] == "simulated").any()))

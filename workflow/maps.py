@@ -7,7 +7,17 @@ from matplotlib.colors import ListedColormap
 
 from workflow.intervals import split_suffix
 from workflow.keys import Keys
-from workflow.plotting import CONTROL, MODEL, UNOBSERVED, domain_colours, draw_spots, headline, new_figure, save
+from workflow.plotting import (
+    CONTROL,
+    MODEL,
+    UNOBSERVED,
+    domain_colours,
+    draw_spots,
+    empty_figure,
+    headline,
+    new_figure,
+    save,
+)
 from workflow.scoreboard import read_table
 
 MAX_SECTIONS = 4
@@ -103,7 +113,5 @@ if __name__ == "__main__":
             slice_.file.close()
         figure = draw(dataset, predictions, read_table(given.comparisons), places)
     else:
-        figure, axes = new_figure(figsize=(8, 2))
-        axes.set_axis_off()
-        axes.text(0, 0.5, f"{dataset}: no section has labels, nothing to map")
+        figure = empty_figure(f"{dataset}: no section has labels, nothing to map")
     save(figure, snakemake.output[0], simulated=bool((notes["kind"] == "simulated").any()))

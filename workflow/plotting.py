@@ -43,6 +43,14 @@ def new_figure(*args, **kwargs):
     return plt.subplots(*args, **kwargs)
 
 
+def empty_figure(text: str):
+    """A figure that says why there is nothing to draw."""
+    figure, axes = new_figure(figsize=(8, 2))
+    axes.set_axis_off()
+    axes.text(0, 0.5, text)
+    return figure
+
+
 def headline(figure, text: str) -> None:
     """The figure's title, top left; the stamp of simulated data stands top right of it."""
     figure.suptitle(text, x=0.005, ha="left", fontweight="bold", fontsize=12)

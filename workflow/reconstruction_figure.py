@@ -3,7 +3,7 @@
 import pandas as pd
 
 from workflow.intervals import is_control, seedless
-from workflow.plotting import DOMAINS, MODEL, headline, new_figure, save
+from workflow.plotting import DOMAINS, MODEL, empty_figure, headline, new_figure, save
 from workflow.score_tables import ordered
 from workflow.scoreboard import read_notes, read_table
 from workflow.verdicts import TITLES, interval
@@ -61,8 +61,6 @@ if __name__ == "__main__":
     if len(scores):
         figure = draw(dataset, scores)
     else:
-        figure, axes = new_figure(figsize=(8, 2))
-        axes.set_axis_off()
-        axes.text(0, 0.5, f"{dataset}: nothing was hidden; the notes of rule reconstruct say why")
+        figure = empty_figure(f"{dataset}: nothing was hidden; the notes of rule reconstruct say why")
     notes = read_notes(snakemake.input.notes)
     save(figure, snakemake.output[0], simulated=bool((notes["kind"] == "simulated").any()))

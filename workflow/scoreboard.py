@@ -10,7 +10,7 @@ import pandas as pd
 from workflow import contamination, verdicts
 from workflow.findings import findings
 from workflow.intervals import is_control, split_suffix
-from workflow.plotting import CONTROL, MODEL, headline, list_rows, new_figure, page, save, table
+from workflow.plotting import CONTROL, MODEL, empty_figure, headline, list_rows, new_figure, page, save, table
 from workflow.score_tables import (
     HEADS,
     beside_paper,
@@ -249,9 +249,7 @@ if __name__ == "__main__":
     if len(comparisons):
         figure = draw(dataset, comparisons)
     else:
-        figure, axes = new_figure(figsize=(8, 2))
-        axes.set_axis_off()
-        axes.text(0, 0.5, f"{dataset}: nothing to score; the notes say why")
+        figure = empty_figure(f"{dataset}: nothing to score; the notes say why")
     if contaminated:
         figure.text(0.5, 0.995, "allow_contamination is on", color="#CC3311", ha="center", va="top", fontweight="bold")
     save(figure, output.figure, simulated=bool((notes["kind"] == "simulated").any()))

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from scipy import sparse
 from sklearn.metrics import accuracy_score, adjusted_rand_score, f1_score, normalized_mutual_info_score
 
+from tests.unit.sections import full_section
 from workflow import mlp, probe_inputs, protocols
 from workflow.assemble import COLUMNS, Notes, assemble
 from workflow.controls import Section
@@ -24,21 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def section(name: str, seed: int, labelled: bool = True, rows: int = 20, cols: int = 40) -> Section:
     """A staggered rectangle in four quadrants, of which every tenth spot has no label."""
-    row, col = (axis.ravel() for axis in np.mgrid[:rows, :cols])
-    array = np.column_stack([row, col])[(row + col) % 2 == 0]
-    counts = sparse.csr_matrix(np.random.default_rng(seed).poisson(1.0, (len(array), 70)))
-    labels = np.array([f"q{2 * (r >= rows / 2) + (c >= cols / 2)}" for r, c in array], dtype=object)
-    labels[:: 10 if labelled else 1] = None
-    return Section(
-        name=name,
-        counts=counts,
-        totals=np.asarray(counts.sum(axis=1)).ravel(),
-        genes=np.array([f"ENSG{i:011d}" for i in range(70)], dtype=object),
-        labels=labels,
-        lattice="staggered",
-        array=array,
-        position=array[:, ::-1] * np.array([50.0, 50 * np.sqrt(3)]),
-    )
+    made = full_section(name, rows, cols, seed)
+    made.labels[:: 10 if labelled else 1] = None
+    return made
 
 
 def assembled(labelled: bool = True):
