@@ -1,4 +1,4 @@
-"""The corpus' principal axes, from which gene embeddings may start.
+"""Components of the corpus, from which gene embeddings may start, or of which they consist.
 
 In: <results>/grids/{slice}.zarr of the admitted training slices, <results>/stats/genes.tsv
 Out: <results>/stats/components.safetensors
@@ -22,6 +22,7 @@ rule components:
         # The sample is bounded whatever the number of slices, and one grid is in memory at a time.
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
     params:
+        method=config["component_method"],
         k=config["components"],
         spots=config["component_spots"],
         target_sum=config["target_sum"],

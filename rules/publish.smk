@@ -26,7 +26,7 @@ for split, index in INDEX.items():
     entries = [(entry["name"], entry["sha256"]) for entry in index["shards"]]
     entries += [
         (index[part]["file"], index[part]["sha256"])
-        for part in ("genes", "samples", "components")
+        for part in ("genes", "samples", "components", "means")
         if index.get(part)
     ]
     LISTED |= {f"{split}/{name}": sha256 for name, sha256 in entries}

@@ -1,8 +1,8 @@
 """Training samples: windows of each slice, then tars of all windows of a split; and whole slices for embedding.
 
-In: <results>/grids/{slice}.zarr, <results>/stats/genes.tsv, <results>/stats/components.safetensors
+In: <results>/grids/{slice}.zarr, <results>/stats/{genes.tsv,components.safetensors}, <results>/stats/moments/{slice}.npz
 Out: <results>/windows/{slice}.bin and .npy (temporary), <results>/shards/{train,val}/ (index.json, samples.npy, genes.tsv,
-components.safetensors where the config asks for components, and as many tars as the windows fill),
+means.safetensors, components.safetensors where the config asks for components, and as many tars as the windows fill),
 <results>/shards/slices/{slice}.tar
 """
 
@@ -58,6 +58,7 @@ rule shards:
     input:
         packs=lambda wildcards: expand("<results>/windows/{slice}.bin", slice=admitted(wildcards.split)),
         indices=lambda wildcards: expand("<results>/windows/{slice}.npy", slice=admitted(wildcards.split)),
+        moments=lambda wildcards: expand("<results>/stats/moments/{slice}.npz", slice=admitted(wildcards.split)),
         genes="<results>/stats/genes.tsv",
         components="<results>/stats/components.safetensors" if config["components"] else [],
     output:

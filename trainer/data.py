@@ -20,7 +20,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from tokenize import TokenError
@@ -28,6 +28,8 @@ from tokenize import TokenError
 import numcodecs.blosc
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from trainer.errors import DamagedShards, VocabularyMismatch
@@ -44,7 +46,8 @@ MEMBERS = {"counts": "counts.blosc", "sites": "sites.blosc", "json": "json"}  # 
 # Keys of the index that the model folder repeats, and those of each of its slices.
 FACTS = "m h w target_sum layout pitch_um selection allow_contamination simulated n_samples".split()
 SLICE_FACTS = "slice source organism donor layout pitch_um n_windows".split()
-PARTS = ("genes", "samples", "components")  # the other files of the index; the last one may be absent
+PARTS = ("genes", "samples", "components", "means")  # the other files of the index
+OPTIONAL = {"components", "means"}  # of these
 LAYOUTS = ("offset", "rank", "bin")
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # of a file beside the index, of a slice: nothing that leads elsewhere
 NOT_NUMPY = (OSError, EOFError, ValueError, SyntaxError, RecursionError, MemoryError, TokenError)  # what np.load raises
@@ -95,6 +98,9 @@ class Batch:
     rows: Tensor | None = None  # int32 [B, h]: array row of each line, -1 in padding; where the reader is to tell them
     cols: Tensor | None = None  # int32 [B, w]: array column of each column (its half in layout `offset`), -1 in padding
     layouts: Tensor | None = None  # uint8 [B]: place in LAYOUTS
+    centres: Tensor | None = (
+        None  # float32 [B, m]: the genes' means in the sample's slice; where the reader is to tell them
+    )
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -152,15 +158,16 @@ class Order:
 
 
 class Split:
-    """What is known of one split without its samples: ``index.json``, vocabulary, components.
+    """What is known of one split without its samples: ``index.json``, vocabulary, components, the slices' means.
 
     `Shards` and `trainer.stream.Stream` bring the samples: ``jobs`` (arguments of `read`, batch after batch), ``first`` (this
     rank's share of the first n samples as they are stored, which is a random order of its own), ``member`` (the bytes of a
-    sample's part) and ``name`` (where a sample stands, for errors). DamagedShards names the file that is missing, of another
+    sample's part), ``slice_of`` (its slice's place in the index) and ``name`` (where a sample stands, for errors). DamagedShards names the file that is missing, of another
     version, or that does not hash to what the index recorded.
     """
 
     coordinates = False  # fill ``rows``, ``cols`` and ``layouts`` of batches
+    centred = False  # fill ``centres``
     pinned = False  # batches lie in memory that a GPU copies from while the host goes on
 
     def __init__(self, folder: str | Path) -> None:
@@ -170,6 +177,21 @@ class Split:
         self.vocabulary = Vocabulary.read(self._checked("genes"))
         self.components = self._checked("components") if self.index.get("components") else None
         self.slices = [entry["slice"] for entry in self.index["slices"]]
+
+    @cached_property
+    def means(self) -> np.ndarray:
+        """Mean normalised expression of each gene in each slice, float32 [n_slices, n_genes]; 0 where it was not measured."""
+        if not self.index.get("means"):
+            raise DamagedShards(self.folder, "no means.safetensors", "the slices' means", "build the shards again")
+        file = self._checked("means")
+        try:
+            means = load_file(file)["means"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise DamagedShards(file, " ".join(str(error).split()), "a tensor `means`") from error
+        shape = len(self.slices), len(self.vocabulary.gene_ids)
+        if means.shape != shape or means.dtype != np.float32:
+            raise DamagedShards(file, f"{means.dtype} {list(means.shape)}", f"float32 {list(shape)}")
+        return means
 
     def __len__(self) -> int:
         return self.index["n_samples"]
@@ -219,9 +241,10 @@ class Split:
         shapes = {"counts": (torch.uint16, m, h, w), "genes": (torch.int32, m), "totals": (torch.float32, h, w)}
         if self.coordinates:
             lines = {"rows": (torch.int32, h), "cols": (torch.int32, w), "layouts": (torch.uint8,)}
+        centres = {"centres": (torch.float32, m)} if self.centred else {}
         tensors = {
             name: torch.empty(len(samples), *shape, dtype=dtype, pin_memory=self.pinned)
-            for name, (dtype, *shape) in (shapes | lines).items()
+            for name, (dtype, *shape) in (shapes | lines | centres).items()
         }
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         for i, sample in enumerate(samples):
@@ -230,6 +253,8 @@ class Split:
             sites = decode(self.member(sample, "sites"), name, "<i4", m + h * w)
             check_genes(sites[:m], len(self.vocabulary.gene_ids), name)
             arrays["genes"][i], arrays["totals"][i] = sites[:m], sites[m:].view("<f4").reshape(h, w)
+            if self.centred:
+                arrays["centres"][i] = self.means[self.slice_of(sample), sites[:m]]
             if lines:
                 try:
                     found = lattice_lines(json.loads(bytes(self.member(sample, "json"))))
@@ -277,6 +302,9 @@ class Shards(Split):
     def first(self, n: int, order: Order, epoch: int) -> Iterator[Batch]:
         for begin in range(0, n, order.batch_size):
             yield from (self.read(rows, rows, epoch) for rows in order.share(np.arange(n)[begin:][: order.batch_size]))
+
+    def slice_of(self, row: int) -> int:
+        return self.samples["slice"][row]
 
     def name(self, row: int) -> str:
         return f"{self.folder / self.names[self.samples['shard'][row]]}, sample {row}"
@@ -416,7 +444,7 @@ def _read_index(file: Path) -> dict:
         missing |= {f"slices: {name}" for entry in index.get("slices", []) for name in set(SLICE_FACTS) - set(entry)}
         if missing:
             raise DamagedShards(file, f"no {sorted(missing)}", "a complete index")
-        parts = [index[part] for part in PARTS if part != "components" or index.get(part)]
+        parts = [index[part] for part in PARTS if part not in OPTIONAL or index.get(part)]
         named = [part["file"] for part in parts] + [shard["name"] for shard in index["shards"]]
         for name in [*named, *(entry["slice"] for entry in index["slices"])]:
             if not re.fullmatch(NAME, name):

@@ -116,6 +116,23 @@ def most_variable(whole: WholeSlice, target_sum: float, n: int) -> np.ndarray:
     return np.sort(np.argsort(-variance, kind="stable")[:n])
 
 
+def gene_means(whole: WholeSlice, chosen: np.ndarray, cells: np.ndarray, target_sum: float) -> np.ndarray:
+    """Mean normalised expression of the genes at these positions over these flat cells, float32 [len(chosen)]; 0 over none."""
+    totals = torch.from_numpy(whole.totals.ravel()[cells]).double()
+    mean = np.zeros(len(chosen))
+    for begin in range(0, len(chosen) if len(cells) else 0, 1024):
+        counts = whole.counts[chosen[begin : begin + 1024]].reshape(-1, whole.totals.size)[:, cells]
+        values = log_normalise(torch.from_numpy(counts.astype(np.int32)).T, totals, target_sum)
+        mean[begin : begin + 1024] = values.mean(0).numpy()
+    return mean.astype(np.float32)
+
+
+def lattice(whole: WholeSlice) -> Tensor:
+    """Where each cell of the slice lies, y and x in pitches: float64 [H * W, 2]."""
+    rows, cols, layout = (torch.from_numpy(np.asarray(lines))[None] for lines in lattice_lines(whole.facts))
+    return lattice_places(rows, cols, layout, torch.from_numpy(whole.totals.ravel() > 0)[None])[0]
+
+
 def origins(length: int, window: int, stride: int) -> list[int]:
     """Where windows begin along an axis: every ``stride`` cells, and one flush with the end."""
     last = max(0, length - window)
@@ -134,9 +151,13 @@ def embed(
     genes, counts, totals = (torch.from_numpy(array).to(model.gene_mean.device) for array in arrays)
     cells = cfg.h * cfg.w
     step = max(1, min(batch_size, AT_ONCE // (cells * len(genes))))  # windows, or as many cells
+    centre = torch.zeros(len(genes), device=genes.device)
+    if cfg.inputs == "slice":
+        centre += torch.from_numpy(gene_means(whole, chosen, np.flatnonzero(whole.totals > 0), target_sum)).to(centre)
 
     def show(cells: tuple[slice, slice]) -> Tensor:
-        return log_normalise(counts[:, *cells].permute(1, 2, 0), totals[cells], target_sum).flatten(0, 1)  # [S, m]
+        values = log_normalise(counts[:, *cells].permute(1, 2, 0), totals[cells], target_sum)
+        return values.flatten(0, 1) - centre  # [S, m]
 
     y, x = np.divmod(whole.cell, W)
     if cfg.unit == "patch":
@@ -146,13 +167,18 @@ def embed(
             np.s_[i : i + cfg.h, j : j + cfg.w] for i in origins(H, cfg.h, stride) for j in origins(W, cfg.w, stride)
         ]
         windows = [window for window in windows if has_spot[window].any()]
+        places = np.pad(lattice(whole).numpy().reshape(H, W, 2), [*pad, (0, 0)])  # of padding any: it is never a key
+        places = torch.from_numpy(places)
         features = torch.zeros(*totals.shape, cfg.width, dtype=torch.float64)  # summed on the CPU, in a fixed order
         covered = torch.zeros(*totals.shape, 1, dtype=torch.float64)
         for begin in range(0, len(windows), step):
             some = windows[begin : begin + step]
             values = torch.stack([show(window) for window in some])
             observed = torch.stack([totals[window].flatten() > 0 for window in some])
-            encoded = model.encode(values, genes.expand(len(some), -1), observed).cpu()  # [B, S, d]
+            where = None
+            if model.needs_places:
+                where = torch.stack([places[window].flatten(0, 1) for window in some]).to(genes.device)
+            encoded = model.encode(values, genes.expand(len(some), -1), observed, None, where).cpu()  # [B, S, d]
             for window, sites in zip(some, encoded, strict=True):
                 features[window] += sites.view(cfg.h, cfg.w, -1)
                 covered[window] += 1
@@ -164,8 +190,7 @@ def embed(
             alone.append(model.transform(shown[-1]))
         observed, places = totals.flatten()[None] > 0, None
         if cfg.unit == "multispot":
-            lattice = (torch.from_numpy(np.asarray(lines)).to(genes.device) for lines in lattice_lines(whole.facts))
-            places = lattice_places(*(lines[None] for lines in lattice), observed)
+            places = lattice(whole)[None].to(genes.device)
         features = model.surround(torch.cat(shown, dim=1), torch.cat(alone, dim=1), observed, places)[0].cpu()[
             whole.cell
         ]

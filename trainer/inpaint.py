@@ -32,8 +32,7 @@ from torch import Tensor
 
 from trainer import units
 from trainer.config import FORMAT_VERSION
-from trainer.data import lattice_lines
-from trainer.embed import WholeSlice, origins, read_for, warn_if_unfamiliar
+from trainer.embed import WholeSlice, gene_means, lattice, origins, read_for, warn_if_unfamiliar
 from trainer.errors import ConfigError, DamagedShards, TrainerError
 from trainer.expression import log_normalise
 from trainer.files import as_safetensors, read_sealed, room_for, write_whole
@@ -91,6 +90,7 @@ class Tile:
     hidden: np.ndarray  # bool [S]
     row: np.ndarray  # int64 [number of hidden]: where the region's hidden cells lie among those of all regions
     depth: float  # mean total of the window's visible spots, over target_sum
+    region: int
 
 
 def tiles(model: MaskedAutoencoder, whole: WholeSlice, regions: Regions, target_sum: float) -> list[Tile]:
@@ -116,7 +116,7 @@ def tiles(model: MaskedAutoencoder, whole: WholeSlice, regions: Regions, target_
                 cells = np.where(inside, rows * W + cols, 0).ravel()
                 seen = np.where(inside.ravel(), state[cells], 0)
                 if (seen == 2).any():
-                    found.append(Tile(cells, seen == 1, seen == 2, place[cells[seen == 2]], depth))
+                    found.append(Tile(cells, seen == 1, seen == 2, place[cells[seen == 2]], depth, i))
     return found
 
 
@@ -126,11 +126,11 @@ def features(
     """Features [B, S, d] of all sites, those of the hidden ones from the visible ones alone.
 
     ``values`` float [B, S, m], 0 where not visible; ``visible``, ``hidden``, ``attended`` bool [B, S]; ``places`` float64
-    [B, S, 2] for the units multispot and slice.
+    [B, S, 2] for the units multispot and slice, and for positions by distance.
     """
     cfg, masked = model.cfg, hidden[:, :, None].expand(values.shape)
     if cfg.unit == "patch":
-        return model.encode(values, genes, attended, masked)
+        return model.encode(values, genes, attended, masked, places)
     shown = model.sum_genes(values, genes, masked)
     alone = model.transform(shown)
     if cfg.unit == "multispot":  # itself and k - 1 others in place of itself, which is not visible: k
@@ -153,7 +153,8 @@ def inpaint(
 ) -> np.ndarray:
     """Predicted normalised expression at all hidden cells, float32 [n, m], in the order of ``regions.hidden``.
 
-    ``attend_hidden``: whether hidden sites are keys of the attention, as they are under ``mask_sites``. Raises DamagedShards
+    ``attend_hidden``: whether hidden sites are keys of the attention, as they are under ``mask_sites`` unless positions are by
+    distance. Raises DamagedShards
     where the slice did not measure the regions' genes.
     """
     device, (m, n) = model.gene_mean.device, (len(regions.genes), len(regions.hidden))
@@ -162,7 +163,12 @@ def inpaint(
         raise DamagedShards(whole.name, "a slice without some of the regions' genes", f"all {m} of them")
     counts, totals = whole.counts.reshape(len(whole.genes), -1)[at].T, whole.totals.ravel()  # [H * W, m], [H * W]
     genes = torch.from_numpy(regions.genes).to(device)
-    places = lattice(whole) if model.cfg.unit in ("multispot", "slice") else None
+    places = lattice(whole) if model.needs_places or model.cfg.unit == "slice" else None
+    centres = np.zeros((len(regions.region), m), np.float32)
+    if model.cfg.inputs == "slice":  # about the mean of what is not hidden, region by region
+        hidden_in = np.split(regions.hidden, np.cumsum(regions.n_hidden)[:-1])
+        for i, gone in enumerate(hidden_in):
+            centres[i] = gene_means(whole, at, np.setdiff1d(np.flatnonzero(totals > 0), gone), target_sum)
 
     total, weight = torch.zeros(n, m, dtype=torch.float64), torch.zeros(n, 1, dtype=torch.float64)
     todo = tiles(model, whole, regions, target_sum)
@@ -178,23 +184,19 @@ def inpaint(
         shown[visible], depth[visible] = counts[cells[visible]], totals[cells[visible]]  # of no other cell
         tensors = (torch.from_numpy(array).to(device) for array in (shown, depth, visible, hidden))
         shown, depth, visible, hidden = tensors
-        values, chosen = log_normalise(shown, depth, target_sum), genes.expand(len(batch), -1)
+        centre = torch.from_numpy(centres[[tile.region for tile in batch]])[:, None].to(device)  # [B, 1, m]
+        values, chosen = log_normalise(shown, depth, target_sum) - centre, genes.expand(len(batch), -1)
         where = None if places is None else places[torch.from_numpy(cells)].to(device)
         attended = visible | hidden if attend_hidden else visible
         found = features(model, values, chosen, visible, hidden, attended, where)
         mean = torch.tensor([tile.depth for tile in batch], device=device, dtype=values.dtype)[:, None].expand(-1, S)
-        predicted = model.predict(model.decode(found, chosen, attended), chosen, mean).double().cpu()
+        scores = model.decode(found, chosen, attended, where)
+        predicted = (model.predict(scores, chosen, mean) + centre).double().cpu()
         for tile, sites in zip(batch, predicted, strict=True):  # summed on the CPU, in a fixed order
             row, share = torch.from_numpy(tile.row), 1 + int(tile.visible.sum())
             total[row] += share * sites[torch.from_numpy(tile.hidden)]
             weight[row] += share
     return (total / weight).float().numpy()
-
-
-def lattice(whole: WholeSlice) -> Tensor:
-    """Where each cell of the slice lies, y and x in pitches: float64 [H * W, 2]."""
-    rows, cols, layout = (torch.from_numpy(np.asarray(lines))[None] for lines in lattice_lines(whole.facts))
-    return units.lattice_places(rows, cols, layout, torch.from_numpy(whole.totals.ravel() > 0)[None])[0]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -223,9 +225,8 @@ def run(args: argparse.Namespace) -> None:
     whole = read_for(config, args.shards)
     warn_if_unfamiliar(config, whole, args.shards)
     regions = Regions.read(args.regions, whole)
-    predicted = inpaint(
-        model, whole, regions, config["data"]["target_sum"], args.batch_size, config["objective"]["mask_sites"] > 0
-    )
+    attend_hidden = config["objective"]["mask_sites"] > 0 and model.cfg.positions != "distance"
+    predicted = inpaint(model, whole, regions, config["data"]["target_sum"], args.batch_size, attend_hidden)
     simulated = {name: bool(facts["simulated"]) for name, facts in (("slice", whole.facts), ("model", config["data"]))}
     metadata = {
         "format_version": str(FORMAT_VERSION), "slice": whole.name,

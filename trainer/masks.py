@@ -23,6 +23,12 @@ def entry_mask(seed: int, epoch: int | Tensor, positions: Tensor, n_sites: int, 
     return entry < round(ratio * (_WORD + 1))
 
 
+def gene_mask(seed: int, epoch: int | Tensor, positions: Tensor, genes: Tensor, ratio: float) -> Tensor:
+    """Genes to hide at every site of their window, bool [B, m]: each with probability ``ratio``."""
+    word = _mix(_site_words(seed, epoch, positions, 1) ^ _WORD)  # [B, 1], apart from those of entries
+    return _mix(word ^ genes.long()) < round(ratio * (_WORD + 1))
+
+
 def site_mask(seed: int, epoch: int | Tensor, positions: Tensor, n_sites: int, ratio: float) -> Tensor:
     """Sites to hide whole, bool [B, S]: each with probability ``ratio``, apart from others and from `entry_mask`."""
     word = _mix(_site_words(seed, epoch, positions, n_sites) ^ _WORD)  # no gene has this index

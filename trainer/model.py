@@ -7,9 +7,15 @@ is in docs/method.md; of the choices that one meets in the code:
   inverted dropout: masking, or another number of genes when embedding, keeps it.
 - Gene biases start at the training means and the decoder's last layer at zero: before its first step the model is exactly
   the gene-mean predictor that it has to beat (with a likelihood of counts: nearly).
+- Fixed gene embeddings are the corpus' components (docs/format.md): nothing about a single gene is learned then, so that a few
+  slices can't be learned by heart. What a site's visible genes weigh in all is measured by their squared loadings.
+- Positions by distance take so much from the attention's logits a pitch, each head its own amount, as in ALiBi: before the first
+  step a head already is a mean over a site's surroundings, near or wide. Sites hidden whole are then no keys: an attention
+  that can't tell them from observed ones would average what is not there.
 - Unobserved sites are no keys in the attention and never in the loss. The mask is one bool a key, [B, 1, 1, S]: fused kernels
   take it as it is, and whether a window needs it is never asked, which would make the host wait for the device. Relative
-  positions are rotary for the same reason: a learned bias by offset would not keep the fused kernels.
+  positions are rotary for the same reason: a learned bias by offset would not keep the fused kernels. By distance it is a float a
+  pair, [B, heads, S, S].
 """
 
 from __future__ import annotations
@@ -35,6 +41,7 @@ from trainer.files import read_sealed
 
 LEAST_DEVIATION = 0.1  # of a gene that is hardly ever seen: its few values must not become huge
 MOST_SITES = 512 * 512  # of a window: what its tables of positions may take
+SLOPES = (0.05, 4.0)  # of the least and the steepest head, before the first step, a pitch
 MAX_LOG_DISPERSION = 6.0  # of the negative binomial: beyond e^6 it is Poisson, and float32 loses its logarithms
 
 
@@ -54,9 +61,14 @@ class ModelConfig:
     decoder_width: int = knob(128, "width of the decoder; its feed-forward layers are four times as wide", least=1)
     decoder_depth: int = knob(2, "decoder layers")
     decoder_heads: int = knob(4, "attention heads of the decoder", least=1)
-    positions: str = knob("sincos|none|relative", "of the unit patch; sincos is added, relative is rotary")
-    gene_embeddings: str = knob("random|components", "at the start; components: principal ones, of the corpus")
-    inputs: str = knob("plain|centred|standardised", "plain is Eq. 8; centred about the gene's training mean")
+    positions: str = knob("sincos|none|relative|distance", "of the unit patch; relative is rotary, distance a bias")
+    gene_embeddings: str = knob(
+        "random|components|fixed", "random or the corpus' components at the start, or these always"
+    )
+    axes: int = knob(96, "components that fixed gene embeddings consist of", least=1)
+    inputs: str = knob(
+        "plain|centred|standardised|slice", "Eq. 8; about the gene's training mean; about its slice's mean"
+    )
     targets: str = knob("plain|standardised", "expression that the squared error is of")
     likelihood: str = knob("mse|poisson|nb", "mse is of expression, the others (nb: negative binomial) of counts")
 
@@ -72,6 +84,12 @@ class ModelConfig:
             step = 4 * heads if self.positions == "relative" else step  # the same of each head
             if getattr(self, name) % step:
                 raise refusal(self, f"a multiple of {step}, for {heads} heads", name)
+        if self.positions == "distance" and self.unit != "patch":
+            raise refusal(self, "another, as only the unit patch has positions", "positions")
+        if self.gene_embeddings == "fixed" and self.inputs != "slice":
+            raise refusal(self, "slice, as fixed gene embeddings tell no gene's mean", "inputs")
+        if self.inputs == "slice" and (self.likelihood != "mse" or self.targets != "plain"):
+            raise refusal(self, "mse and plain, as predictions are about the slice's mean too", "likelihood", "targets")
         if self.likelihood != "mse" and self.targets != "plain":
             raise refusal(self, f"plain, as likelihood {self.likelihood} is of counts", "targets")
 
@@ -79,20 +97,24 @@ class ModelConfig:
 class Block(nn.Module):
     """A pre-norm transformer layer in which only observed sites are attended to; or every site to itself alone."""
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, by_distance: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        if by_distance:
+            self.log_slope = nn.Parameter(torch.linspace(*(math.log(slope) for slope in SLOPES), heads))
         self.norm_attention = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.norm_feed_forward = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, attend: Tensor | None, turn: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), attend, turn)
+    def forward(
+        self, x: Tensor, attend: Tensor | None, turn: Tensor | None = None, distance: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), attend, turn, distance)
         return x + self.feed_forward(self.norm_feed_forward(x))
 
-    def attention(self, x: Tensor, attend: Tensor | None, turn: Tensor | None) -> Tensor:
+    def attention(self, x: Tensor, attend: Tensor | None, turn: Tensor | None, distance: Tensor | None) -> Tensor:
         B, S, d = x.shape
         if attend is None:  # a softmax over one key is 1, so what a site sees is its own value
             weight, bias = self.query_key_value.weight[2 * d :], self.query_key_value.bias[2 * d :]
@@ -101,6 +123,9 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, S, d / heads]
         if turn is not None:
             query, key = rotate(query, turn), rotate(key, turn)
+        if distance is not None:  # [B, 1, S, S] -> [B, heads, S, S]
+            bias = -self.log_slope.exp()[:, None, None] * distance
+            attend = bias.masked_fill(~attend, -torch.inf).to(query.dtype)
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=attend)
         return self.project(x.transpose(1, 2).reshape(B, S, d))
 
@@ -109,8 +134,13 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, cfg: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.cfg = cfg
-        self.gene_embedding = nn.Embedding(cfg.n_genes, cfg.width)  # e_k, of the input and of the prediction
-        self.gene_bias = nn.Embedding(cfg.n_genes, 1)
+        fixed = cfg.gene_embeddings == "fixed"
+        if fixed:
+            self.register_buffer("gene_loading", torch.zeros(cfg.n_genes, cfg.axes))
+            self.show = nn.Linear(cfg.axes, cfg.width)
+        else:
+            self.gene_embedding = nn.Embedding(cfg.n_genes, cfg.width)  # e_k, of the input and of the prediction
+            self.gene_bias = nn.Embedding(cfg.n_genes, 1)
         if cfg.likelihood == "nb":
             self.gene_log_dispersion = nn.Embedding(cfg.n_genes, 1)
         deviation = np.maximum(np.sqrt(vocabulary.variance), LEAST_DEVIATION)
@@ -124,14 +154,20 @@ class MaskedAutoencoder(nn.Module):
             tables = {name: rotation(cfg.h, cfg.w, size) for name, size in sizes.items()}
         for name in ("position", "encoder_turn", "decoder_turn"):
             self.register_buffer(name, tables.get(name), persistent=False)
-        self.encoder = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.feed_forward) for _ in range(cfg.depth))
+        far = positions == "distance"
+        self.encoder = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.feed_forward, far) for _ in range(cfg.depth))
         self.encoder_norm = nn.LayerNorm(cfg.width)
         self.narrow = nn.Linear(cfg.width, cfg.decoder_width)
         self.decoder = nn.ModuleList(
-            Block(cfg.decoder_width, cfg.decoder_heads, 4 * cfg.decoder_width) for _ in range(cfg.decoder_depth)
+            Block(cfg.decoder_width, cfg.decoder_heads, 4 * cfg.decoder_width, far) for _ in range(cfg.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(cfg.decoder_width)
-        self.widen = nn.Linear(cfg.decoder_width, cfg.width)
+        self.widen = nn.Linear(cfg.decoder_width, cfg.axes if fixed else cfg.width)
+
+    @property
+    def needs_places(self) -> bool:
+        """Whether `encode` and `decode` must be told where the sites lie."""
+        return self.cfg.unit == "multispot" or self.cfg.unit == "patch" and self.cfg.positions == "distance"
 
     def encode(
         self,
@@ -146,7 +182,7 @@ class MaskedAutoencoder(nn.Module):
         Parameters
         ----------
         values
-            float [B, S, m]: normalised expression.
+            float [B, S, m]: normalised expression; with inputs `slice` about the slice's mean.
         genes
             int [B, m]: rows of the vocabulary; m may differ from that of training.
         observed
@@ -154,20 +190,25 @@ class MaskedAutoencoder(nn.Module):
         masked
             bool [B, S, m]: entries that the model must not see; none when embedding.
         places
-            float64 [B, S, 2] (`units.lattice_places`): where the sites lie; only the unit multispot needs them.
+            float64 [B, S, 2] (`units.lattice_places`): where the sites lie, for a model that `needs_places`.
         """
-        x = self.sum_genes(values, genes, masked)
+        return self.look_around(self.sum_genes(values, genes, masked), observed, places)
+
+    def look_around(self, x: Tensor, observed: Tensor, places: Tensor | None = None) -> Tensor:
+        """Features of every site, [B, S, d], from what the sites show, ``x`` [B, S, d] (`sum_genes`)."""
         if self.cfg.unit == "patch":
             x = x if self.position is None else x + self.position
-            return self.transform(x, attended(observed))
+            return self.transform(x, attended(observed), self.distance(places))
         return self.surround(x, self.transform(x), observed, places)
 
     def sum_genes(self, values: Tensor, genes: Tensor, masked: Tensor | None = None) -> Tensor:
         """What each site shows: the sum over its visible genes of value times embedding, scaled; [B, S, d]."""
-        if self.cfg.inputs != "plain":
+        if self.cfg.inputs in ("centred", "standardised"):
             values = values - self.gene_mean[genes][:, None, :]
         if self.cfg.inputs == "standardised":
             values = values / self.gene_deviation[genes][:, None, :]
+        if self.cfg.gene_embeddings == "fixed":
+            return self.show(self.components_of(values, genes, masked))
         n_visible = torch.full_like(values[..., :1], values.shape[2])  # [B, S, 1]
         if masked is not None:
             values = values.masked_fill(masked, 0.0)
@@ -175,11 +216,28 @@ class MaskedAutoencoder(nn.Module):
         x = torch.bmm(values, self.gene_embedding(genes))  # [B, S, m] x [B, m, d] -> [B, S, d]
         return x * (self.cfg.m / n_visible.clamp(min=1))
 
-    def transform(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
+    def components_of(self, values: Tensor, genes: Tensor, masked: Tensor | None = None) -> Tensor:
+        """Scores on the fixed components, [B, S, axes]; scaled by what the whole vocabulary's loadings weigh against the visible ones."""
+        loading = self.gene_loading[genes]  # [B, m, axes]
+        weight = loading.square().sum(2, keepdim=True)  # [B, m, 1]
+        if masked is None:
+            visible = weight.sum(1, keepdim=True)
+        else:
+            values = values.masked_fill(masked, 0.0)
+            visible = torch.bmm((~masked).expand(values.shape).to(weight.dtype), weight)  # [B, S, 1]
+        return torch.bmm(values, loading) * (self.gene_loading.square().sum() / visible.clamp(min=1e-6))
+
+    def transform(self, x: Tensor, attend: Tensor | None = None, distance: Tensor | None = None) -> Tensor:
         """The encoder's layers; without ``attend`` each site by itself."""
         for block in self.encoder:
-            x = block(x, attend, self.encoder_turn)
+            x = block(x, attend, self.encoder_turn, distance)
         return self.encoder_norm(x)
+
+    def distance(self, places: Tensor | None) -> Tensor | None:
+        """How far sites lie apart, in pitches, [B, 1, S, S]; None for positions of another kind."""
+        if self.cfg.positions != "distance":
+            return None
+        return torch.cdist(places.float(), places.float())[:, None]
 
     def surround(self, x: Tensor, features: Tensor, observed: Tensor, places: Tensor | None) -> Tensor:
         """Eq. 2, 3, 4: features of sites by themselves, ``x`` what they show -> features of sites among others."""
@@ -190,15 +248,21 @@ class MaskedAutoencoder(nn.Module):
             return units.mean_with_domain(features, domain, observed, self.cfg.domains)
         return features
 
-    def decode(self, features: Tensor, genes: Tensor, observed: Tensor) -> Tensor:
-        """Scores [B, S, m]: site feature . e_k + bias of gene k; `predict` says what they mean."""
+    def decode(self, features: Tensor, genes: Tensor, observed: Tensor, places: Tensor | None = None) -> Tensor:
+        """Scores [B, S, m]: site feature . e_k + bias of gene k (fixed embeddings have none); `predict` says what they mean."""
+        x = self.summarise(features, observed, places)
+        if self.cfg.gene_embeddings == "fixed":
+            return torch.bmm(x, self.gene_loading[genes].transpose(1, 2))
+        scores = torch.bmm(x, self.gene_embedding(genes).transpose(1, 2))  # [B, S, d] x [B, d, m] -> [B, S, m]
+        return scores + self.gene_bias(genes).transpose(1, 2)  # [B, 1, m]
+
+    def summarise(self, features: Tensor, observed: Tensor, places: Tensor | None = None) -> Tensor:
+        """The decoder's layers: what is multiplied with gene embeddings, [B, S, d], or with loadings, [B, S, axes]."""
         x = self.narrow(features)  # [B, S, decoder width]
         attend = attended(observed) if self.cfg.unit == "patch" else None
         for block in self.decoder:
-            x = block(x, attend, self.decoder_turn)
-        x = self.widen(self.decoder_norm(x))  # [B, S, d]
-        scores = torch.bmm(x, self.gene_embedding(genes).transpose(1, 2))  # [B, S, d] x [B, d, m] -> [B, S, m]
-        return scores + self.gene_bias(genes).transpose(1, 2)  # [B, 1, m]
+            x = block(x, attend, self.decoder_turn, self.distance(places))
+        return self.widen(self.decoder_norm(x))
 
     def predict(self, scores: Tensor, genes: Tensor, depth: Tensor) -> Tensor:
         """Normalised expression [B, S, m] that the scores stand for.
@@ -253,8 +317,8 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 def build(cfg: ModelConfig, vocabulary: Vocabulary, seed: int, components: Path | None = None) -> MaskedAutoencoder:
     """A fresh model on the CPU: the same weights for the same seed, whatever was drawn before.
 
-    Raises ConfigError or VocabularyMismatch where gene embeddings are to start from ``components`` (the corpus' file of
-    them), and there are none, or of another vocabulary.
+    Raises ConfigError or VocabularyMismatch where gene embeddings are to be ``components`` (the corpus' file of them), at the
+    start or always, and there are none, or too few, or of another vocabulary.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -263,7 +327,8 @@ def build(cfg: ModelConfig, vocabulary: Vocabulary, seed: int, components: Path 
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(model.gene_embedding.weight, std=cfg.width**-0.5)
+        if cfg.gene_embeddings != "fixed":
+            nn.init.normal_(model.gene_embedding.weight, std=cfg.width**-0.5)
         nn.init.zeros_(model.widen.weight)
     mean = torch.from_numpy(vocabulary.mean)
     with torch.no_grad():
@@ -271,24 +336,47 @@ def build(cfg: ModelConfig, vocabulary: Vocabulary, seed: int, components: Path 
             model.gene_log_dispersion.weight.fill_(1.0)
         if cfg.likelihood != "mse":
             mean = mean.expm1().clamp(min=1e-4).log()
-        model.gene_bias.weight[:, 0] = mean if cfg.targets == "plain" else 0.0
+        if cfg.gene_embeddings == "fixed":
+            model.gene_loading.copy_(whitened(fixed_axes(components, vocabulary, cfg.axes), vocabulary.variance))
+            return model
+        model.gene_bias.weight[:, 0] = mean if cfg.targets == "plain" and cfg.inputs != "slice" else 0.0
         if cfg.gene_embeddings == "components":
             axes = read_components(components, vocabulary)[:, : cfg.width]  # columns, then rows, of about unit length
             model.gene_embedding.weight[:, : axes.shape[1]] = axes * (len(axes) / cfg.width) ** 0.5
     return model
 
 
+def fixed_axes(file: Path | None, vocabulary: Vocabulary, k: int) -> Tensor:
+    """The first ``k`` components; raises ConfigError where there are fewer."""
+    axes = read_components(file, vocabulary)
+    if axes.shape[1] < k:
+        next_step = f"choose --axes {axes.shape[1]}, or build the shards with more `components`"
+        raise ConfigError(file, f"{axes.shape[1]} components", f"--axes of them, {k}", next_step)
+    return axes[:, :k]
+
+
+def whitened(axes: Tensor, variance: np.ndarray) -> Tensor:
+    """Loadings axes N^(-1/2), of whose scores each would have variance 1 and none go together, were genes independent.
+
+    N = axes' diag(variance) axes; nearly all variance of a gene is counting noise. The symmetric root keeps every component where
+    it was, as nearly as can be.
+    """
+    axes = axes.double()
+    size, turn = torch.linalg.eigh(axes.T @ (torch.from_numpy(variance)[:, None] * axes))
+    return (axes @ (turn * size.clamp(min=1e-6 * size.max()).rsqrt() @ turn.T)).float()
+
+
 def read_components(file: Path | None, vocabulary: Vocabulary) -> Tensor:
-    """The corpus' principal axes, float32 [n_genes, k] (docs/format.md, components)."""
+    """The corpus' components, float32 [n_genes, k] (docs/format.md, components)."""
     next_step = "build the shards again with `components` above 0, or choose --gene-embeddings random"
     if file is None or not file.is_file():
-        expected = "those that gene embeddings are to start from"
+        expected = "those that gene embeddings are to be"
         raise ConfigError(file or "shards", "no components.safetensors", expected, next_step)
     try:
         with safetensors.safe_open(file, "pt") as opened:
             axes, made_for = opened.get_tensor("components"), opened.metadata()["genes_sha256"]
     except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise ConfigError(file, " ".join(str(error).split()), "principal components", next_step) from error
+        raise ConfigError(file, " ".join(str(error).split()), "components of the corpus", next_step) from error
     if made_for != vocabulary.sha256:
         raise VocabularyMismatch(file, f"components of genes.tsv {made_for}", vocabulary.sha256, next_step)
     return axes

@@ -265,7 +265,11 @@ def run(
     if tensors:
         restore(model, optimizer, tensors)
     for split in filter(None, (shards, val)):
-        split.coordinates, split.pinned = objective.needs_coordinates, ranks.on_gpu
+        split.coordinates, split.centred, split.pinned = (
+            objective.needs_coordinates,
+            objective.needs_centres,
+            ranks.on_gpu,
+        )
     facts = {"format_version": config.FORMAT_VERSION}
     facts |= {name: dataclasses.asdict(section) for name, section in sections.items()}
     facts["data"] = shards.facts() | {"held_out": val.facts()["slices"] if val else []}
@@ -351,7 +355,7 @@ def write_model(
         raise NonFiniteLoss(out, f"weights that are not finite after step {state['step']}", "finite numbers")
     write_whole(out / "config.json", (json.dumps(facts, indent=2, allow_nan=False) + "\n").encode())
     write_whole(out / "genes.tsv", (shards.folder / shards.index["genes"]["file"]).read_bytes())
-    if model.cfg.gene_embeddings == "components":
+    if model.cfg.gene_embeddings != "random":
         write_whole(out / "components.safetensors", shards.components.read_bytes())
     write_whole(out / "curve.svg", curve(progress.lines(), shards.index["simulated"]))
     write_whole(out / "README.md", model_card(facts, progress.scores, sum(w.size for w in weights.values())).encode())

@@ -91,8 +91,8 @@ class Stream(Split):
     def __init__(self, address: str) -> None:
         self.address, here = str(address).rstrip("/"), Path(tempfile.mkdtemp(prefix="stpatch-"))
         weakref.finalize(self, shutil.rmtree, here)
-        for name in ("index.json", "genes.tsv", "components.safetensors"):
-            if name != "components.safetensors" or f'"{name}"' in (here / "index.json").read_text():
+        for name in ("index.json", "genes.tsv", "components.safetensors", "means.safetensors"):
+            if not name.endswith(".safetensors") or f'"{name}"' in (here / "index.json").read_text():
                 self._fetch(f"{self.address}/{name}", here / name)
         super().__init__(here)
 
@@ -159,6 +159,12 @@ class Stream(Split):
         if len(found) < len(mine):
             raise DamagedShards(self.address, "fewer", f"{len(self)} samples (index.json)")
         yield from (([found[int(position)] for position in part], part) for part in parts)
+
+    def slice_of(self, sample: dict) -> int:
+        slice = sample["__key__"].rpartition("_")[0]
+        if slice not in self.slices:
+            raise DamagedShards(self.name(sample), f"slice {slice!r}", "one of index.json")
+        return self.slices.index(slice)
 
     def name(self, sample: dict) -> str:
         return f"{sample['__url__']}, sample {sample['__key__']}"

@@ -32,6 +32,7 @@ BY_SECTION = {"": lambda x: x, "+centred": centre, "+standardised": standardise}
 PLACES = {"coordinates", "coordinates_section"}  # methods that go without suffix
 # Methods that average neighbours themselves, and `pca`, whose averages are the neighbour means.
 AVERAGING = {"pca", "neighbour_mean_6", "neighbour_mean_18", "neighbour_mean_36", "stofm", "novae", "banksy", "spagcn"}
+AVERAGING |= {"spatial_directions_18", "spatial_directions_36"}
 N_AVERAGED = 6  # neighbours that `+averaged` takes in
 
 

@@ -1,7 +1,14 @@
-"""The corpus' principal axes: gene embeddings may start from them.
+"""Components of the corpus: gene embeddings may start from them, or consist of them.
 
-Of a sample of each training slice's spots, normalised expression about each gene's training mean; a gene that a slice
-did not measure counts as at its mean. The matrix stays sparse: the means are subtracted as it is multiplied.
+*Principal*: the axes of greatest variance of a sample of each training slice's spots, normalised expression about each gene's
+training mean; a gene that a slice did not measure counts as at its mean.
+
+*Spatial*: what varies smoothly in space. Of each training slice the leading eigenvectors of the covariance between a spot and
+the mean of its adjacent spots (the numerator of Moran's I, for all genes at once; `MULTISPATI <https://doi.org/10.3170/2007-8-18312>`_
+without its scaling): the counting noise of two spots is independent, so it drops out of the expectation, and a tissue whose genes vary
+little next to those of another keeps axes of its own. The slices' axes are then put together by a singular value decomposition.
+
+Matrices stay sparse: means are subtracted as they are multiplied.
 """
 
 import hashlib
@@ -13,14 +20,19 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 from safetensors.numpy import save
-from scipy.sparse.linalg import LinearOperator, svds
+from scipy.sparse.linalg import LinearOperator, eigsh, svds
+from scipy.spatial import cKDTree
 from threadpoolctl import threadpool_limits
 
 from workflow.expression import log_normalise
 from workflow.grid import Grid, read_grid
+from workflow.lattice import plane
 from workflow.stats import Vocabulary, read_vocabulary
 
 FORMAT_VERSION = 1
+AXES_OF_SLICE = 16  # spatial ones; what a section of cortex shows beyond these is noise
+LEAST_VARIANCE = 1e-3  # of a gene hardly ever seen: its few values must not become loud
+ADJACENT = 1.05  # pitches
 
 
 @dataclass(frozen=True)
@@ -31,21 +43,31 @@ class Sample:
     measured: np.ndarray
 
 
-def sample_spots(grid: Grid, vocabulary: list[str], n: int, *, target_sum: float, seed: int) -> Sample:
-    """At most `n` of a slice's spots that have a count, drawn by (seed, slice) alone."""
-    key = hashlib.sha256(f"{seed}/components/{grid.slice}".encode()).digest()[:16]
-    cells = np.flatnonzero((grid.mask & (grid.total_counts > 0)).ravel())
-    drawn = np.sort(np.random.Philox(key=int.from_bytes(key, "little")).random_raw(len(cells)).argsort()[:n])
+def expression(grid: Grid, vocabulary: list[str], cells: np.ndarray, target_sum: float) -> Sample:
+    """Normalised expression at these flat cells, as columns of the vocabulary."""
     index = {gene: i for i, gene in enumerate(vocabulary)}
     in_vocabulary = np.array([index.get(gene, -1) for gene in grid.gene_ids])
     columns = np.flatnonzero(in_vocabulary >= 0)
-    counts = grid.counts.reshape(-1, len(grid.gene_ids))[cells[drawn]][:, columns]
-    values = log_normalise(counts, grid.total_counts.ravel()[cells[drawn], None], target_sum)
+    counts = grid.counts.reshape(-1, len(grid.gene_ids))[cells][:, columns]
+    values = log_normalise(counts, grid.total_counts.ravel()[cells, None], target_sum)
     measured = np.zeros(len(vocabulary), dtype=bool)
     measured[in_vocabulary[columns]] = True
     rows, at = values.nonzero()
     where = (rows, in_vocabulary[columns[at]])
-    return Sample(sp.csr_matrix((values[rows, at], where), shape=(len(drawn), len(vocabulary))), measured)
+    return Sample(sp.csr_matrix((values[rows, at], where), shape=(len(cells), len(vocabulary))), measured)
+
+
+def counted_cells(grid: Grid) -> np.ndarray:
+    """Flat cells that were observed and have a count, ascending."""
+    return np.flatnonzero((grid.mask & (grid.total_counts > 0)).ravel())
+
+
+def sample_spots(grid: Grid, vocabulary: list[str], n: int, *, target_sum: float, seed: int) -> Sample:
+    """At most `n` of a slice's spots that have a count, drawn by (seed, slice) alone."""
+    key = hashlib.sha256(f"{seed}/components/{grid.slice}".encode()).digest()[:16]
+    cells = counted_cells(grid)
+    drawn = np.sort(np.random.Philox(key=int.from_bytes(key, "little")).random_raw(len(cells)).argsort()[:n])
+    return expression(grid, vocabulary, cells[drawn], target_sum)
 
 
 def principal_axes(samples: list[Sample], mean: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -85,9 +107,75 @@ def principal_axes(samples: list[Sample], mean: np.ndarray, k: int) -> tuple[np.
     with threadpool_limits(limits=1):  # sums in the same order on any number of cores
         _, scale, axes = svds(centred, k=k, v0=np.ones(min(n, V)), solver="arpack")
     order = np.argsort(-scale, kind="stable")
-    axes, explained = axes[order].T, scale[order] ** 2 / n
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(k)])
-    return axes.astype(np.float32), explained.astype(np.float32)
+    return upright(axes[order].T), (scale[order] ** 2 / n).astype(np.float32)
+
+
+def upright(axes: np.ndarray) -> np.ndarray:
+    """The same axes [V, k] in float32, of each the entry of the greatest size positive."""
+    return (axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])).astype(np.float32)
+
+
+def adjacent(grid: Grid, cells: np.ndarray) -> sp.csr_matrix:
+    """What each cell's adjacent ones (six on a staggered lattice, else four) weigh in their mean: CSR [n, n], rows sum to 1 or 0."""
+    kind = "staggered" if grid.lattice.get("kind") == "staggered" and grid.layout != "bin" else "square"
+    points = plane(kind, grid.array_row.ravel()[cells], grid.array_col.ravel()[cells])
+    pairs = cKDTree(points).query_pairs(ADJACENT, output_type="ndarray")
+    ones = np.ones(len(pairs))
+    near = sp.coo_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(len(cells),) * 2).tocsr()
+    near = near + near.T
+    return sp.diags_array(1 / np.maximum(np.asarray(near.sum(axis=1)).ravel(), 1)) @ near
+
+
+def spatial_axes(grid: Grid, vocabulary: list[str], k: int, target_sum: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of one slice the leading eigenvectors of S C S.
+
+    C is the covariance of a spot's normalised expression with the mean of its adjacent spots, made symmetric; S = diag(variance^-1/4)
+    lets a gene of low variance count for more than its variance and for less than if it were standardised.
+
+    Returns
+    -------
+    axes, weight
+        float64 [V, k], columns of unit length, zero in genes that the slice did not measure; float64 [k], their share of what the k
+        eigenvalues sum to. Fewer than k in a slice of fewer spots; only axes of positive eigenvalue.
+    """
+    sample = expression(grid, vocabulary, counted_cells(grid), target_sum)
+    values, n = sample.values, sample.values.shape[0]
+    k = min(k, n - 2, int(sample.measured.sum()) - 2)
+    if k < 1:
+        return np.zeros((len(vocabulary), 0)), np.zeros(0)
+    mean = np.asarray(values.mean(axis=0)).ravel()
+    variance = np.asarray(values.multiply(values).mean(axis=0)).ravel() - mean**2
+    scale = np.where(sample.measured, np.maximum(variance, LEAST_VARIANCE) ** -0.25, 0.0)
+    near = adjacent(grid, counted_cells(grid))
+    transposed, near_transposed = values.T.tocsr(), near.T.tocsr()
+
+    def times(vector: np.ndarray) -> np.ndarray:
+        scaled = scale * vector.ravel()
+        scores = values @ scaled - mean @ scaled
+        scores = (near @ scores + near_transposed @ scores) / 2
+        return scale * (transposed @ scores - mean * scores.sum()) / n
+
+    covariance = LinearOperator((len(vocabulary),) * 2, matvec=times, dtype=np.float64)
+    with threadpool_limits(limits=1):  # sums in the same order on any number of cores
+        found, axes = eigsh(covariance, k=k, which="LA", v0=np.ones(len(vocabulary)), tol=1e-4)
+    order = [i for i in np.argsort(-found, kind="stable") if found[i] > 0]
+    axes = axes[:, order] * scale[:, None]
+    return axes / np.linalg.norm(axes, axis=0), found[order] / found[order].sum()
+
+
+def merge_axes(slices: list[tuple[np.ndarray, np.ndarray, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` leading left singular vectors of all slices' axes side by side, each weighing sqrt(share) n^(1/4) of its n spots.
+
+    So a slice of sixteen times the spots counts four times as much in the squares, and no more.
+    """
+    columns = np.hstack([axes * np.sqrt(share) * n**0.25 for axes, share, n in slices] or [np.zeros((0, 0))])
+    k = min(k, *(side - 1 for side in columns.shape))
+    if k < 1:
+        return np.zeros((len(columns), 0), dtype=np.float32), np.zeros(0, dtype=np.float32)
+    with threadpool_limits(limits=1):
+        axes, scale, _ = svds(columns, k=k, v0=np.ones(min(columns.shape)), solver="arpack")
+    order = np.argsort(-scale, kind="stable")
+    return upright(axes[:, order]), (scale[order] ** 2 / (columns**2).sum()).astype(np.float32)
 
 
 def write_components(path: str | Path, axes: np.ndarray, explained: np.ndarray, genes_sha256: str) -> None:
@@ -101,12 +189,25 @@ def write_components(path: str | Path, axes: np.ndarray, explained: np.ndarray, 
 
 
 def components(
-    grids: list[str | Path], vocabulary: Vocabulary, *, k: int, spots: int, target_sum: float, seed: int
+    grids: list[str | Path], vocabulary: Vocabulary, *, method: str, k: int, spots: int, target_sum: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`principal_axes` of at most `spots` spots, as many of each of the slices whose grids lie there; one grid in memory."""
-    draw = {"n": max(2, spots // max(1, len(grids))), "target_sum": target_sum, "seed": seed}
-    samples = [sample_spots(read_grid(grid), vocabulary.gene_id, **draw) for grid in grids]
-    return principal_axes(samples, vocabulary.mean, k)
+    """``components`` and ``explained_variance`` of docs/format.md; one grid in memory at a time.
+
+    Parameters
+    ----------
+    method
+        ``principal``: `principal_axes` of at most `spots` spots, as many of each slice. ``spatial``: `spatial_axes` of every slice, put
+        together; the second array is then the share of each in what all slices' axes hold.
+    """
+    genes = vocabulary.gene_id
+    if method == "principal":
+        draw = {"n": max(2, spots // max(1, len(grids))), "target_sum": target_sum, "seed": seed}
+        return principal_axes([sample_spots(read_grid(grid), genes, **draw) for grid in grids], vocabulary.mean, k)
+    found = []
+    for grid in map(read_grid, grids):
+        found.append((*spatial_axes(grid, genes, AXES_OF_SLICE, target_sum), grid.n_spots))
+        logging.info("%s: %d spatial axes", grid.slice, len(found[-1][1]))
+    return merge_axes(found, k)
 
 
 if __name__ == "__main__":
@@ -118,10 +219,11 @@ if __name__ == "__main__":
     axes, explained = components(
         snakemake.input.grids,
         read_vocabulary(genes),
+        method=params.method,
         k=params.k,
         spots=params.spots,
         target_sum=params.target_sum,
         seed=params.seed,
     )
     write_components(snakemake.output[0], axes, explained, hashlib.sha256(genes.read_bytes()).hexdigest())
-    logging.info("%d components of %d slices explain %.4g", len(explained), len(snakemake.input.grids), explained.sum())
+    logging.info("%d %s components of %d slices", len(explained), params.method, len(snakemake.input.grids))

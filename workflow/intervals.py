@@ -16,6 +16,7 @@ Seeds of pretraining (methods `stpatch_seed1`, ...) are one method, `stpatch`; t
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -317,6 +318,8 @@ def compare(
     *,
     sections: list[str],
     donor: np.ndarray | None = None,
+    draw: np.ndarray | None = None,
+    against: Sequence[str] = (),
     seed: int = 0,
     n_resamples: int = N_RESAMPLES,
 ) -> pd.DataFrame:
@@ -325,7 +328,8 @@ def compare(
     The strongest control is the control and head with the highest mean over the protocol's splits. Rows with
     `compared` `best` set either side's best against the other's, a row for each pretrained model: head and
     post-processing are chosen by the same rule on both sides, on blocks other than those judged (`_crossed`); `method`,
-    `head` and `control`, `control_head` are then what the whole would choose.
+    `head` and `control`, `control_head` are then what the whole would choose. Rows with `compared` `against` do the same
+    with one control and its post-processings in place of all controls.
 
     Parameters
     ----------
@@ -337,6 +341,11 @@ def compare(
         int [n], block of tissue of each spot, of one section each, numbered section after section.
     donor
         int [n], -1 where it is unknown.
+    draw
+        int [splits], the random draw, counted from 0, that each split is of, where one draw makes several splits: draws
+        are then drawn again.
+    against
+        Controls, without post-processing and number of a seed, that get rows `against`.
 
     Returns
     -------
@@ -356,12 +365,16 @@ def compare(
     tested = np.unique(unit.ravel()[np.concatenate(tests)])
     section = of_section[first]  # of each block
     controls = [key for key in methods if is_control(key[0])]
+    if unknown := set(against) - {split_suffix(method)[0] for method, _ in controls}:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no control of {dataset}, {protocol}")
 
     rng = generator(seed, dataset, f"intervals/{protocol}", 0)
     weights = np.ones((n_resamples, len(numbers)))
     weights[:, tested] = block_weights(section[tested], n_resamples, rng)
-    drawn = {n: _drawn(n, n_resamples, rng) for n in sorted({len(tests), *map(len, methods.values())})}
-    again = drawn[len(tests)] if protocol in DRAWN_AGAIN else None
+    of_draw = np.arange(len(tests)) if draw is None else draw
+    n_draws = int(of_draw.max()) + 1
+    drawn = {n: _drawn(n, n_resamples, rng) for n in sorted({n_draws, *map(len, methods.values())})}
+    again = drawn[n_draws][:, of_draw] if draw is not None or protocol in DRAWN_AGAIN else None
 
     def sampler(blocks: np.ndarray, n: int) -> _Splits | _Blocks:
         if protocol == "random20":
@@ -381,32 +394,49 @@ def compare(
         samples = {key: over_units.samples(seeds) for key, seeds in methods.items()}
         strongest = strongest or {metric: _highest(samples, metric, controls) for metric in METRICS}
         compared = [
-            (key, "method", metric, samples[key][metric], samples[strongest[metric]][metric])
+            (key, "method", metric, samples[key][metric], strongest[metric], samples[strongest[metric]][metric])
             for metric in METRICS
             for key in methods
         ]
         if scope == "pooled":
-            compared += _best(methods, samples, over_units)
-        for key, kind, metric, mine, its in compared:
+            compared += _best(methods, samples, over_units, against)
+        for key, kind, metric, mine, control, its in compared:
             own, lead = over_units.interval(mine), over_units.interval(mine.minus(its))
             ends = np.clip([own.low, own.high], -0.5 if metric == "ari" else 0, 1)  # Student's may go beyond
-            row = (dataset, protocol, scope, metric, *key, kind, own.mean, *ends, *strongest[metric], its.mean, *lead)
+            row = (dataset, protocol, scope, metric, *key, kind, own.mean, *ends, *control, its.mean, *lead)
             rows.append((*row, over_units.over, over_units.n_units, n_sections, len(methods[key])))
     return pd.DataFrame(rows, columns=COMPARISONS)
 
 
-def _best(methods: dict[Key, list[np.ndarray]], samples: dict[Key, dict[str, Sample]], over_units) -> list[tuple]:
-    """The best of every pretrained model beside the best of the controls: key, `best`, metric, the two samples."""
-    sides = defaultdict(dict)
+def _best(
+    methods: dict[Key, list[np.ndarray]], samples: dict[Key, dict[str, Sample]], over_units, against: Sequence[str]
+) -> list[tuple]:
+    """The best of every pretrained model beside the best of the controls, and of each control of `against`.
+
+    Returns
+    -------
+    Key of the model, `best` or `against`, metric, its sample, key of the control, its sample.
+    """
+    models, rivals = defaultdict(dict), {"": {}, **{name: {} for name in against}}
     for key, seeds in methods.items():
-        sides["" if is_control(key[0]) else split_suffix(key[0])[0]][key] = seeds
-    controls, found = _crossed(sides.pop("")), []
-    its = {metric: over_units.samples(seeds)[metric] for metric, seeds in controls.items()}
-    for variants in sides.values():
-        for metric, seeds in _crossed(variants).items():
-            mine = over_units.samples(seeds)[metric]
-            found.append((_highest(samples, metric, variants), "best", metric, mine, its[metric]))
-    return found
+        base = split_suffix(key[0])[0]
+        sides = [rivals[name] for name in ("", base) if name in rivals] if is_control(base) else [models[base]]
+        for side in sides:
+            side[key] = seeds
+
+    def best(variants: dict[Key, list[np.ndarray]]) -> dict[str, tuple[Key, Sample]]:
+        return {
+            metric: (_highest(samples, metric, variants), over_units.samples(seeds)[metric])
+            for metric, seeds in _crossed(variants).items()
+        }
+
+    its = {name: best(variants) for name, variants in rivals.items()}
+    return [
+        (mine[metric][0], "against" if name else "best", metric, mine[metric][1], *rival[metric])
+        for mine in map(best, models.values())
+        for name, rival in its.items()
+        for metric in METRICS
+    ]
 
 
 def _highest(samples: dict[Key, dict[str, Sample]], metric: str, among) -> Key:

@@ -3,7 +3,7 @@
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,7 @@ def score(
     threads: int = 1,
     notes: Notes | None = None,
     published: str | Path = PUBLISHED,
+    against: Sequence[str] = (),
 ) -> Scored:
     """Scores of all methods on a dataset.
 
@@ -70,6 +71,8 @@ def score(
         Methods at a time; the result is the same for any number.
     published
         Table of the counts that the sources state (`workflow.published`).
+    against
+        Controls that the best of each pretrained model is compared with, as by `intervals.compare`.
 
     Returns
     -------
@@ -94,9 +97,8 @@ def score(
             runs = {key: list(_runs(run, fits, shown)) for key, run in predicted.items()}
             _note_fits(protocol, shown, predicted, notes)
             rows += _rows(dataset, protocol, runs, data)
-            found = compare(
-                dataset, protocol, runs, data.y, data.of_section, block, sections=names, donor=donor, seed=seed
-            )
+            where = {"sections": names, "donor": donor, "against": against, "seed": seed}
+            found = compare(dataset, protocol, runs, data.y, data.of_section, block, **where)
             comparisons.append(found)
             if protocol == mapped:
                 columns = _columns(protocol, runs, data)

@@ -8,11 +8,14 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from workflow import tar
+from workflow.sealed import as_safetensors
+from workflow.stats import read_moments, read_vocabulary
 
 FORMAT_VERSION = 1
 MB = 10**6
@@ -57,8 +60,9 @@ def write_shards(
     rows: list[dict[str, str]],
     settings: dict,
     components: str | Path | None = None,
+    moments: Sequence[str | Path] = (),
 ) -> dict:
-    """Write a split's folder: tars, ``samples.npy``, ``genes.tsv``, components and, last, ``index.json``.
+    """Write a split's folder: tars, ``samples.npy``, ``genes.tsv``, components, means and, last, ``index.json``.
 
     Parameters
     ----------
@@ -75,7 +79,9 @@ def write_shards(
     settings
         The config's keys that shaped the samples.
     components
-        The corpus' principal components, which the folder repeats; none where there are none.
+        The corpus' components, which the folder repeats; none where there are none.
+    moments
+        Of each slice, in the order of `packs` (`workflow.moments`): its genes' means go into ``means.safetensors``. None: no such file.
 
     Returns
     -------
@@ -84,7 +90,8 @@ def write_shards(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in [folder / "index.json", folder / "components.safetensors", *folder.glob(f"{split}-*.tar")]:
+    parts = ("index.json", "components.safetensors", "means.safetensors")
+    for stale in [*(folder / name for name in parts), *folder.glob(f"{split}-*.tar")]:
         stale.unlink(missing_ok=True)
 
     indices = [np.load(index, allow_pickle=False) for _, index in packs]
@@ -127,6 +134,11 @@ def write_shards(
     shutil.copyfile(genes_tsv, folder / "genes.tsv")
     if components:
         shutil.copyfile(components, folder / "components.safetensors")
+    if moments:
+        found = {"means": slice_means(read_moments(moments), read_vocabulary(genes_tsv).gene_id)}
+        facts = {"format_version": str(FORMAT_VERSION), "genes_sha256": _sha256(genes_tsv)}
+        (folder / "means.safetensors").write_bytes(as_safetensors(found, facts))
+    made = {"components": bool(components), "means": bool(moments)}
     h, w = settings["window"]
     index = {
         "format_version": FORMAT_VERSION,
@@ -144,7 +156,11 @@ def write_shards(
             "n": len((folder / "genes.tsv").read_text().splitlines()) - 2,
             "sha256": _sha256(folder / "genes.tsv"),
         },
-        **({"components": {"file": "components.safetensors", "sha256": _sha256(components)}} if components else {}),
+        **{
+            name: {"file": f"{name}.safetensors", "sha256": _sha256(folder / f"{name}.safetensors")}
+            for name, there in made.items()
+            if there
+        },
         "samples": {"file": "samples.npy", "sha256": _sha256(folder / "samples.npy")},
         "slices": [
             {**{key: row[key] for key in ("slice", "source", "organism", "donor")}, **_geometry(*pack), "n_windows": n}
@@ -155,6 +171,17 @@ def write_shards(
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
     logging.info("%d samples of %d slices in %d tars", len(samples), len(packs), len(shards))
     return index
+
+
+def slice_means(slices: Iterable[dict], vocabulary: list[str]) -> np.ndarray:
+    """Mean normalised expression of each gene over a slice's observed spots, float32 [n_slices, V]; 0 where it was not measured."""
+    index, rows = {gene: i for i, gene in enumerate(vocabulary)}, []
+    for found in slices:
+        row = np.zeros(len(vocabulary))
+        at = np.array([index.get(gene, -1) for gene in np.asarray(found["gene_ids"]).tolist()], dtype=int)
+        row[at[at >= 0]] = np.asarray(found["sum"])[at >= 0] / found["n_spots"]
+        rows.append(row)
+    return np.array(rows, dtype=np.float32).reshape(len(rows), len(vocabulary))
 
 
 def _geometry(pack: str | Path, index: str | Path) -> dict:
@@ -193,4 +220,5 @@ if __name__ == "__main__":
         rows=snakemake.params.rows,
         settings=dict(snakemake.params.settings),
         components=snakemake.input.components or None,
+        moments=snakemake.input.moments,
     )

@@ -180,7 +180,7 @@ def check_index(path: Path) -> Findings:
         text == json.dumps(index, indent=1) + "\n", path, "other spacing or digits", "JSON as it was written"
     )
     yield from same(path, "format_version and split", (index["format_version"], index["split"]), (VERSION, folder.name))
-    for part in ("genes", "samples", "components"):
+    for part in ("genes", "samples", "components", "means"):
         if part in index:
             file = folder / index[part]["file"]
             yield from same(file, "sha256", sha256_of(file), index[part]["sha256"], path)
@@ -325,8 +325,8 @@ def check_model(path: Path, results: Path) -> Findings:
             finite = all(np.isfinite(tensor).all() for tensor in tensors.values())
             yield from unless(finite, file, "weights that are not finite", "finite ones", path)
             if name != "components":
-                shape = tensors["gene_embedding.weight"].shape
-                yield from same(file, "gene embeddings", shape, (data["genes"]["n"], config["model"]["width"]), path)
+                shape = tensors["gene_bias.weight"].shape
+                yield from same(file, "gene biases", shape, (data["genes"]["n"], 1), path)
     if (file := folder / "components.safetensors").is_file():
         yield from same_as_copy(file, results, "components", path)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -209,7 +209,7 @@ def test_missing_or_foreign_components_are_refused(tmp_path):
     with pytest.raises(VocabularyMismatch, match="components of genes.tsv abc; expected def"):
         build(cfg, vocabulary(sha256="def"), 0, file)
     file.write_bytes(b"nonsense")
-    with pytest.raises(ConfigError, match="expected principal components"):
+    with pytest.raises(ConfigError, match="expected components of the corpus"):
         build(cfg, vocabulary(sha256="abc"), 0, file)
 
 

@@ -329,3 +329,42 @@ def test_nothing_to_compare_is_an_empty_table():
     empty = compare("d", "blocks", {}, np.array([]), np.array([]), np.array([]), sections=[])
     assert list(empty.columns) == intervals.COMPARISONS
     assert len(empty) == 0
+
+
+# One control in place of all, and draws that make several splits
+
+
+def test_a_model_below_one_control_and_above_another_is_told_so_of_each():
+    tissue = Tissue(2, 20, np.random.default_rng(3))
+    chances = {"stpatch": 0.6, "stpatch+averaged": 0.5, "raw": 0.4, "raw+centred": 0.45, "pca": 0.8}
+    runs = {(method, "knn"): tissue.run(tissue.predict(chance)) for method, chance in chances.items()}
+    found = tissue.compare(runs, against=["raw", "pca"])
+    told = found.query("compared == 'against' and metric == 'accuracy'").set_index("control")
+    assert set(told.index) == {"raw+centred", "pca"}
+    assert set(told["method"]) == {"stpatch"}
+    assert told.loc["raw+centred", "low"] > 0
+    assert told.loc["pca", "high"] < 0
+    pd.testing.assert_frame_equal(
+        found[found["compared"] != "against"].reset_index(drop=True), tissue.compare(runs)
+    )  # the other rows are what they were
+
+
+def test_a_control_that_does_not_run_is_named():
+    tissue = Tissue(2, 6, np.random.default_rng(3))
+    runs = {(method, "knn"): tissue.run(tissue.y) for method in ("stpatch", "pca")}
+    with pytest.raises(ValueError, match="spagcn: no control"):
+        tissue.compare(runs, against=["pca", "spagcn"])
+
+
+def test_draws_are_drawn_again_whole_whatever_splits_they_make():
+    """Of every draw one section is told and the other is not: a whole draw is right by half, as any other is."""
+    tissue = Tissue(2, 20, np.random.default_rng(5))
+    good, bad = tissue.y, (tissue.y + 1) % N_CLASSES
+    tests, draw = tissue.left_out * 4, np.repeat(np.arange(4), 2)
+    run = [(split, test, (good if split % 2 == split // 2 % 2 else bad)[test]) for split, test in enumerate(tests)]
+    runs = {("stpatch", "knn"): run, ("pca", "knn"): run}
+    whole = one(tissue.compare(runs, "few", draw=draw), "stpatch")
+    assert whole["value_low"] == whole["value_high"] == 0.5
+    apart = one(tissue.compare(runs, "blocks"), "stpatch")
+    assert apart["value_low"] < 0.3
+    assert apart["value_high"] > 0.7
