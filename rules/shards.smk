@@ -12,6 +12,7 @@ SAMPLE_SETTINGS = [
     "window",
     "genes",
     "windows_per_slice",
+    "max_coverage",
     "selection",
     "epsilon",
     "min_observed",
@@ -43,6 +44,7 @@ rule windows:
         window=config["window"],
         genes=config["genes"],
         windows_per_slice=config["windows_per_slice"],
+        max_coverage=config["max_coverage"],
         selection=config["selection"],
         epsilon=config["epsilon"],
         min_observed=config["min_observed"],
@@ -58,7 +60,9 @@ rule shards:
     input:
         packs=lambda wildcards: expand("<results>/windows/{slice}.bin", slice=admitted(wildcards.split)),
         indices=lambda wildcards: expand("<results>/windows/{slice}.npy", slice=admitted(wildcards.split)),
-        moments=lambda wildcards: expand("<results>/stats/moments/{slice}.npz", slice=admitted(wildcards.split)),
+        moments=lambda wildcards: expand(
+            "<results>/stats/moments/{slice}.npz", slice=admitted(wildcards.split)
+        ),
         genes="<results>/stats/genes.tsv",
         components="<results>/stats/components.safetensors" if config["components"] else [],
     output:

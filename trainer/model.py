@@ -41,7 +41,8 @@ from trainer.files import read_sealed
 
 LEAST_DEVIATION = 0.1  # of a gene that is hardly ever seen: its few values must not become huge
 MOST_SITES = 512 * 512  # of a window: what its tables of positions may take
-SLOPES = (0.05, 4.0)  # of the least and the steepest head, before the first step, a pitch
+SHOWN = 0.25  # of a layer's usual scale: what a head gathers of others then weighs as much as what the site shows
+SLOPES = (0.2, 4.0)  # of the least and the steepest head, before the first step, a pitch
 MAX_LOG_DISPERSION = 6.0  # of the negative binomial: beyond e^6 it is Poisson, and float32 loses its logarithms
 
 
@@ -330,6 +331,10 @@ def build(cfg: ModelConfig, vocabulary: Vocabulary, seed: int, components: Path 
         if cfg.gene_embeddings != "fixed":
             nn.init.normal_(model.gene_embedding.weight, std=cfg.width**-0.5)
         nn.init.zeros_(model.widen.weight)
+        if cfg.gene_embeddings == "fixed":
+            model.show.weight.data.mul_(SHOWN)
+            for block in model.encoder:
+                nn.init.zeros_(block.feed_forward[2].weight)
     mean = torch.from_numpy(vocabulary.mean)
     with torch.no_grad():
         if cfg.likelihood == "nb":
@@ -337,49 +342,50 @@ def build(cfg: ModelConfig, vocabulary: Vocabulary, seed: int, components: Path 
         if cfg.likelihood != "mse":
             mean = mean.expm1().clamp(min=1e-4).log()
         if cfg.gene_embeddings == "fixed":
-            model.gene_loading.copy_(whitened(fixed_axes(components, vocabulary, cfg.axes), vocabulary.variance))
+            model.gene_loading.copy_(fixed_loadings(components, vocabulary, cfg.axes))
             return model
         model.gene_bias.weight[:, 0] = mean if cfg.targets == "plain" and cfg.inputs != "slice" else 0.0
         if cfg.gene_embeddings == "components":
-            axes = read_components(components, vocabulary)[:, : cfg.width]  # columns, then rows, of about unit length
+            axes = read_components(components, vocabulary)[0][
+                :, : cfg.width
+            ]  # columns, then rows, of about unit length
             model.gene_embedding.weight[:, : axes.shape[1]] = axes * (len(axes) / cfg.width) ** 0.5
     return model
 
 
-def fixed_axes(file: Path | None, vocabulary: Vocabulary, k: int) -> Tensor:
-    """The first ``k`` components; raises ConfigError where there are fewer."""
-    axes = read_components(file, vocabulary)
+def fixed_loadings(file: Path | None, vocabulary: Vocabulary, k: int) -> Tensor:
+    """A N^(-1/2), float32 [n_genes, k], of the first ``k`` components A; ConfigError where there are fewer.
+
+    N = A' diag(noise) A, the covariance of a spot's scores about what its slice has on the whole, were genes independent (nearly all
+    of it is counting noise): so each score has a variance of 1 and none goes with another. The symmetric root leaves every
+    component where it was, as nearly as can be.
+    """
+    axes, noise = (part.double() for part in read_components(file, vocabulary))
     if axes.shape[1] < k:
         next_step = f"choose --axes {axes.shape[1]}, or build the shards with more `components`"
         raise ConfigError(file, f"{axes.shape[1]} components", f"--axes of them, {k}", next_step)
-    return axes[:, :k]
-
-
-def whitened(axes: Tensor, variance: np.ndarray) -> Tensor:
-    """Loadings axes N^(-1/2), of whose scores each would have variance 1 and none go together, were genes independent.
-
-    N = axes' diag(variance) axes; nearly all variance of a gene is counting noise. The symmetric root keeps every component where
-    it was, as nearly as can be.
-    """
-    axes = axes.double()
-    size, turn = torch.linalg.eigh(axes.T @ (torch.from_numpy(variance)[:, None] * axes))
+    axes = axes[:, :k]
+    size, turn = torch.linalg.eigh(axes.T @ (noise[:, None] * axes))
     return (axes @ (turn * size.clamp(min=1e-6 * size.max()).rsqrt() @ turn.T)).float()
 
 
-def read_components(file: Path | None, vocabulary: Vocabulary) -> Tensor:
-    """The corpus' components, float32 [n_genes, k] (docs/format.md, components)."""
+def read_components(file: Path | None, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """The corpus' components, float32 [n_genes, k], and each gene's noise, [n_genes] (docs/format.md, components)."""
     next_step = "build the shards again with `components` above 0, or choose --gene-embeddings random"
     if file is None or not file.is_file():
         expected = "those that gene embeddings are to be"
         raise ConfigError(file or "shards", "no components.safetensors", expected, next_step)
     try:
         with safetensors.safe_open(file, "pt") as opened:
-            axes, made_for = opened.get_tensor("components"), opened.metadata()["genes_sha256"]
+            axes, noise, made_for = (
+                *map(opened.get_tensor, ("components", "noise")),
+                opened.metadata()["genes_sha256"],
+            )
     except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise ConfigError(file, " ".join(str(error).split()), "components of the corpus", next_step) from error
     if made_for != vocabulary.sha256:
         raise VocabularyMismatch(file, f"components of genes.tsv {made_for}", vocabulary.sha256, next_step)
-    return axes
+    return axes, noise
 
 
 def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder, dict, Vocabulary]:

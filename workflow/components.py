@@ -62,6 +62,13 @@ def counted_cells(grid: Grid) -> np.ndarray:
     return np.flatnonzero((grid.mask & (grid.total_counts > 0)).ravel())
 
 
+def variance_of(sample: Sample) -> np.ndarray:
+    """Population variance of each gene over the sample's spots, float64 [V]."""
+    values = sample.values
+    mean = np.asarray(values.mean(axis=0)).ravel()
+    return np.maximum(np.asarray(values.multiply(values).mean(axis=0)).ravel() - mean**2, 0.0)
+
+
 def sample_spots(grid: Grid, vocabulary: list[str], n: int, *, target_sum: float, seed: int) -> Sample:
     """At most `n` of a slice's spots that have a count, drawn by (seed, slice) alone."""
     key = hashlib.sha256(f"{seed}/components/{grid.slice}".encode()).digest()[:16]
@@ -126,8 +133,8 @@ def adjacent(grid: Grid, cells: np.ndarray) -> sp.csr_matrix:
     return sp.diags_array(1 / np.maximum(np.asarray(near.sum(axis=1)).ravel(), 1)) @ near
 
 
-def spatial_axes(grid: Grid, vocabulary: list[str], k: int, target_sum: float) -> tuple[np.ndarray, np.ndarray]:
-    """Of one slice the leading eigenvectors of S C S.
+def spatial_axes(sample: Sample, near: sp.csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of one slice, whose spots weigh ``near`` in each other's means (`adjacent`), the leading eigenvectors of S C S.
 
     C is the covariance of a spot's normalised expression with the mean of its adjacent spots, made symmetric; S = diag(variance^-1/4)
     lets a gene of low variance count for more than its variance and for less than if it were standardised.
@@ -138,15 +145,12 @@ def spatial_axes(grid: Grid, vocabulary: list[str], k: int, target_sum: float) -
         float64 [V, k], columns of unit length, zero in genes that the slice did not measure; float64 [k], their share of what the k
         eigenvalues sum to. Fewer than k in a slice of fewer spots; only axes of positive eigenvalue.
     """
-    sample = expression(grid, vocabulary, counted_cells(grid), target_sum)
-    values, n = sample.values, sample.values.shape[0]
+    values, (n, V) = sample.values, sample.values.shape
     k = min(k, n - 2, int(sample.measured.sum()) - 2)
     if k < 1:
-        return np.zeros((len(vocabulary), 0)), np.zeros(0)
+        return np.zeros((V, 0)), np.zeros(0)
     mean = np.asarray(values.mean(axis=0)).ravel()
-    variance = np.asarray(values.multiply(values).mean(axis=0)).ravel() - mean**2
-    scale = np.where(sample.measured, np.maximum(variance, LEAST_VARIANCE) ** -0.25, 0.0)
-    near = adjacent(grid, counted_cells(grid))
+    scale = np.where(sample.measured, np.maximum(variance_of(sample), LEAST_VARIANCE) ** -0.25, 0.0)
     transposed, near_transposed = values.T.tocsr(), near.T.tocsr()
 
     def times(vector: np.ndarray) -> np.ndarray:
@@ -155,32 +159,34 @@ def spatial_axes(grid: Grid, vocabulary: list[str], k: int, target_sum: float) -
         scores = (near @ scores + near_transposed @ scores) / 2
         return scale * (transposed @ scores - mean * scores.sum()) / n
 
-    covariance = LinearOperator((len(vocabulary),) * 2, matvec=times, dtype=np.float64)
+    covariance = LinearOperator((V, V), matvec=times, dtype=np.float64)
     with threadpool_limits(limits=1):  # sums in the same order on any number of cores
-        found, axes = eigsh(covariance, k=k, which="LA", v0=np.ones(len(vocabulary)), tol=1e-4)
+        found, axes = eigsh(covariance, k=k, which="LA", v0=np.ones(V), tol=1e-4)
     order = [i for i in np.argsort(-found, kind="stable") if found[i] > 0]
     axes = axes[:, order] * scale[:, None]
     return axes / np.linalg.norm(axes, axis=0), found[order] / found[order].sum()
 
 
-def merge_axes(slices: list[tuple[np.ndarray, np.ndarray, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
+def merge_axes(slices: list[tuple[np.ndarray, np.ndarray, int]], V: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The `k` leading left singular vectors of all slices' axes side by side, each weighing sqrt(share) n^(1/4) of its n spots.
 
     So a slice of sixteen times the spots counts four times as much in the squares, and no more.
     """
-    columns = np.hstack([axes * np.sqrt(share) * n**0.25 for axes, share, n in slices] or [np.zeros((0, 0))])
+    columns = np.hstack([axes * np.sqrt(share) * n**0.25 for axes, share, n in slices] or [np.zeros((V, 0))])
     k = min(k, *(side - 1 for side in columns.shape))
     if k < 1:
-        return np.zeros((len(columns), 0), dtype=np.float32), np.zeros(0, dtype=np.float32)
+        return np.zeros((V, 0), dtype=np.float32), np.zeros(0, dtype=np.float32)
     with threadpool_limits(limits=1):
         axes, scale, _ = svds(columns, k=k, v0=np.ones(min(columns.shape)), solver="arpack")
     order = np.argsort(-scale, kind="stable")
     return upright(axes[:, order]), (scale[order] ** 2 / (columns**2).sum()).astype(np.float32)
 
 
-def write_components(path: str | Path, axes: np.ndarray, explained: np.ndarray, genes_sha256: str) -> None:
+def write_components(
+    path: str | Path, axes: np.ndarray, explained: np.ndarray, noise: np.ndarray, genes_sha256: str
+) -> None:
     """Write ``components.safetensors``; the header in sorted order, since the library's own is random."""
-    tensors = {"components": np.ascontiguousarray(axes), "explained_variance": explained}
+    tensors = {"components": np.ascontiguousarray(axes), "explained_variance": explained, "noise": noise}
     raw = save(tensors, {"format_version": str(FORMAT_VERSION), "genes_sha256": genes_sha256})
     end = 8 + int.from_bytes(raw[:8], "little")
     header = json.dumps(json.loads(raw[8:end]), sort_keys=True, separators=(",", ":")).encode()
@@ -190,8 +196,8 @@ def write_components(path: str | Path, axes: np.ndarray, explained: np.ndarray, 
 
 def components(
     grids: list[str | Path], vocabulary: Vocabulary, *, method: str, k: int, spots: int, target_sum: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """``components`` and ``explained_variance`` of docs/format.md; one grid in memory at a time.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``components``, ``explained_variance`` and ``noise`` of docs/format.md; one grid in memory at a time.
 
     Parameters
     ----------
@@ -199,15 +205,23 @@ def components(
         ``principal``: `principal_axes` of at most `spots` spots, as many of each slice. ``spatial``: `spatial_axes` of every slice, put
         together; the second array is then the share of each in what all slices' axes hold.
     """
-    genes = vocabulary.gene_id
-    if method == "principal":
-        draw = {"n": max(2, spots // max(1, len(grids))), "target_sum": target_sum, "seed": seed}
-        return principal_axes([sample_spots(read_grid(grid), genes, **draw) for grid in grids], vocabulary.mean, k)
-    found = []
+    genes, found = vocabulary.gene_id, []
+    within, measured = np.zeros((2, len(genes)))
     for grid in map(read_grid, grids):
-        found.append((*spatial_axes(grid, genes, AXES_OF_SLICE, target_sum), grid.n_spots))
-        logging.info("%s: %d spatial axes", grid.slice, len(found[-1][1]))
-    return merge_axes(found, k)
+        if method == "principal":
+            sample = sample_spots(grid, genes, max(2, spots // len(grids)), target_sum=target_sum, seed=seed)
+            found.append(sample)
+        else:
+            cells = counted_cells(grid)
+            sample = expression(grid, genes, cells, target_sum)
+            found.append((*spatial_axes(sample, adjacent(grid, cells), AXES_OF_SLICE), len(cells)))
+            logging.info("%s: %d spatial axes", grid.slice, len(found[-1][1]))
+        within += variance_of(sample)
+        measured += sample.measured
+    noise = (within / np.maximum(measured, 1)).astype(np.float32)
+    if method == "principal":
+        return *principal_axes(found, vocabulary.mean, k), noise
+    return *merge_axes(found, len(genes), k), noise
 
 
 if __name__ == "__main__":
@@ -216,7 +230,7 @@ if __name__ == "__main__":
     log_to(snakemake.log[0])
     genes = Path(snakemake.input.genes)
     params = snakemake.params
-    axes, explained = components(
+    axes, explained, noise = components(
         snakemake.input.grids,
         read_vocabulary(genes),
         method=params.method,
@@ -225,5 +239,5 @@ if __name__ == "__main__":
         target_sum=params.target_sum,
         seed=params.seed,
     )
-    write_components(snakemake.output[0], axes, explained, hashlib.sha256(genes.read_bytes()).hexdigest())
+    write_components(snakemake.output[0], axes, explained, noise, hashlib.sha256(genes.read_bytes()).hexdigest())
     logging.info("%d %s components of %d slices", len(explained), params.method, len(snakemake.input.grids))

@@ -325,8 +325,8 @@ def check_model(path: Path, results: Path) -> Findings:
             finite = all(np.isfinite(tensor).all() for tensor in tensors.values())
             yield from unless(finite, file, "weights that are not finite", "finite ones", path)
             if name != "components":
-                shape = tensors["gene_bias.weight"].shape
-                yield from same(file, "gene biases", shape, (data["genes"]["n"], 1), path)
+                known = next(tensors[name] for name in ("gene_loading", "gene_embedding.weight") if name in tensors)
+                yield from same(file, "genes with an embedding", len(known), data["genes"]["n"], path)
     if (file := folder / "components.safetensors").is_file():
         yield from same_as_copy(file, results, "components", path)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -7,6 +7,7 @@ tests/unit/test_bad_slices.py. Exit code 1 where an answer was wrong.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 import tempfile
@@ -58,6 +59,8 @@ def campaign(
     def answered(victim, steps, mend):
         outcome = target.run(folder, victim, steps, mend)
         if note:
+            if outcome.kind not in answers(target):  # what to give to `target.run` to see it again
+                outcome = dataclasses.replace(outcome, detail=f"{outcome.detail} ({victim!r}, {steps!r}, {mend!r})")
             note(outcome)
         else:
             assert outcome.kind in answers(target), f"{outcome.kind}: {outcome.detail}"

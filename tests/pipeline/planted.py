@@ -76,7 +76,8 @@ def write_corpus(folder: Path, kind: str, seed: int = 0) -> Corpus:
     write_vocabulary(vocabulary, genes)
     genes_sha256 = hashlib.sha256(genes.read_bytes()).hexdigest()
     samples = [sample_spots(grids[name], vocabulary.gene_id, 500, target_sum=target_sum, seed=0) for name in train]
-    write_components(folder / "components.safetensors", *principal_axes(samples, vocabulary.mean, 16), genes_sha256)
+    axes = principal_axes(samples, vocabulary.mean, 16)
+    write_components(folder / "components.safetensors", *axes, vocabulary.variance.astype(np.float32), genes_sha256)
     packs = []
     for name in train:
         packs.append((folder / f"{name}.bin", folder / f"{name}.npy"))

@@ -384,7 +384,7 @@ def test_an_error_ends_the_command_with_one_readable_line(shards, tmp_path):
         pretrain.main(["--shards", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize("name", ["paper.yaml", "small.yaml", "demo.yaml"])
+@pytest.mark.parametrize("name", ["paper.yaml", "small.yaml", "gpu.yaml", "demo.yaml"])
 def test_the_shipped_configs_are_valid(name):
     model, objective, train = config.settings(ROOT / "trainer/configs" / name, {}, *SETTINGS)
     ModelConfig(n_genes=1000, m=512, h=16, w=16, **model)

@@ -202,7 +202,11 @@ def read_h5(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np.
         shape = tuple(int(n) for n in group["shape"][:])
         _check_shape(slice, path, shape, features["id"], spots)
         # The file holds features x barcodes by column, which read by row is barcodes x features.
-        parts = (group["data"][:], group["indices"][:].astype(np.int64), group["indptr"][:].astype(np.int64))
+        values = group["data"][:]
+        if values.dtype.kind not in "iuf" or values.dtype.itemsize > 8 or values.dtype == np.float16:
+            raise ValueError(f"counts of type {values.dtype}")  # which a damaged header may announce, and scipy can't slice
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
+        parts = (values, group["indices"][:].astype(np.int64), group["indptr"][:].astype(np.int64))
         counts = sparse.csr_matrix(parts, shape=shape[::-1])
         counts.check_format()
     return counts, spots, features
