@@ -100,7 +100,7 @@ class Objective(nn.Module):
         weight = gram_seen.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-6)
         shown = (seen * (model.gene_loading.square().sum() / weight)).masked_fill(blank, 0.0)
         features = model.look_around(model.show(shown), keys, places)
-        y = model.summarise(features, keys, places).float()
+        y = model.summarise(features, keys, places).to(gram.dtype)  # autocast: the loss is taken in float32
         wanted = torch.where(blank, whole, whole - seen)
         curved = torch.where(blank, y @ gram, y @ (gram - gram_seen))
         reference = torch.where(blank[:, :, 0], squares[..., 1], squares[..., 0])  # [B, S]

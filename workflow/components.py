@@ -30,7 +30,7 @@ from workflow.lattice import plane
 from workflow.stats import Vocabulary, read_vocabulary
 
 FORMAT_VERSION = 1
-AXES_OF_SLICE = 16  # spatial ones; what a section of cortex shows beyond these is noise
+AXES_OF_SLICE = 16  # spatial ones; more only where a few slices must give all components
 LEAST_VARIANCE = 1e-3  # of a gene hardly ever seen: its few values must not become loud
 ADJACENT = 1.05  # pitches
 
@@ -147,10 +147,10 @@ def spatial_axes(sample: Sample, near: sp.csr_matrix, k: int) -> tuple[np.ndarra
     """
     values, (n, V) = sample.values, sample.values.shape
     k = min(k, n - 2, int(sample.measured.sum()) - 2)
-    if k < 1:
+    if k < 1 or not near.nnz:
         return np.zeros((V, 0)), np.zeros(0)
-    mean = np.asarray(values.mean(axis=0)).ravel()
-    scale = np.where(sample.measured, np.maximum(variance_of(sample), LEAST_VARIANCE) ** -0.25, 0.0)
+    mean, variance = np.asarray(values.mean(axis=0)).ravel(), variance_of(sample)
+    scale = np.where(sample.measured, np.maximum(variance, LEAST_VARIANCE) ** -0.25, 0.0)
     transposed, near_transposed = values.T.tocsr(), near.T.tocsr()
 
     def times(vector: np.ndarray) -> np.ndarray:
@@ -162,7 +162,8 @@ def spatial_axes(sample: Sample, near: sp.csr_matrix, k: int) -> tuple[np.ndarra
     covariance = LinearOperator((V, V), matvec=times, dtype=np.float64)
     with threadpool_limits(limits=1):  # sums in the same order on any number of cores
         found, axes = eigsh(covariance, k=k, which="LA", v0=np.ones(V), tol=1e-4)
-    order = [i for i in np.argsort(-found, kind="stable") if found[i] > 0]
+    least = 1e-9 * (scale**2 @ variance)  # rounding of an eigenvalue of 0, of which few spots leave many
+    order = [i for i in np.argsort(-found, kind="stable") if found[i] > least]
     axes = axes[:, order] * scale[:, None]
     return axes / np.linalg.norm(axes, axis=0), found[order] / found[order].sum()
 
@@ -206,6 +207,7 @@ def components(
         together; the second array is then the share of each in what all slices' axes hold.
     """
     genes, found = vocabulary.gene_id, []
+    of_slice = max(AXES_OF_SLICE, -(-k // max(1, len(grids))) + 1)
     within, measured = np.zeros((2, len(genes)))
     for grid in map(read_grid, grids):
         if method == "principal":
@@ -214,7 +216,7 @@ def components(
         else:
             cells = counted_cells(grid)
             sample = expression(grid, genes, cells, target_sum)
-            found.append((*spatial_axes(sample, adjacent(grid, cells), AXES_OF_SLICE), len(cells)))
+            found.append((*spatial_axes(sample, adjacent(grid, cells), of_slice), len(cells)))
             logging.info("%s: %d spatial axes", grid.slice, len(found[-1][1]))
         within += variance_of(sample)
         measured += sample.measured

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,9 @@ from tests.trainer import corpus
 from trainer import pretrain
 
 SMALL = "--width 32 --depth 1 --heads 4 --feed-forward 64 --decoder-width 32 --decoder-depth 1 --device cpu".split()
+FIXED = (
+    "--gene-embeddings fixed --axes 6 --inputs slice --positions distance".split()
+)  # of shards with components and means
 
 
 torch.set_num_threads(1)  # of so small a model more threads only wait for each other, above all on a busy machine
@@ -37,6 +42,18 @@ def shards(tmp_path_factory, tissue, train_slices, genes_tsv) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     corpus.write_split(folder / "train", "train", train_slices, genes_tsv, n_windows=40, m=24, h=6, w=5)
     corpus.write_split(folder / "val", "val", [tissue.slice(20, 24, 9)], genes_tsv, n_windows=40, m=24, h=6, w=5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fixed_shards(tmp_path_factory, shards, tissue, train_slices) -> Path:
+    """The same shards with what fixed gene embeddings need: six components, three of them planted, and the slices' means."""
+    folder = shutil.copytree(shards, tmp_path_factory.mktemp("fixed") / "shards")
+    axes = np.column_stack([tissue.loadings, np.random.default_rng(0).normal(size=(60, 3))])
+    noise = np.mean([values.var(1) for values in corpus.expression(train_slices)], axis=0)
+    corpus.add_components(folder / "train", np.linalg.qr(axes)[0], noise)
+    corpus.add_means(folder / "train", train_slices)
+    corpus.add_means(folder / "val", [tissue.slice(20, 24, 9)])
     return folder
 
 

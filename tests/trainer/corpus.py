@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numcodecs import Blosc
+from safetensors.numpy import save
 
 BLOSC = Blosc("lz4", shuffle=Blosc.BITSHUFFLE)
 BLOSC4 = Blosc("lz4", shuffle=Blosc.SHUFFLE)
@@ -59,13 +60,18 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def expression(slices: list[tuple]) -> list[np.ndarray]:
+    """Normalised expression [n_genes, n_spots] of each slice."""
+    seen = [totals > 0 for _, totals, _ in slices]
+    return [
+        np.log1p(counts[:, at] * (TARGET_SUM / totals[at]))
+        for (counts, totals, _), at in zip(slices, seen, strict=True)
+    ]
+
+
 def vocabulary(slices: list[tuple]) -> bytes:
     """``genes.tsv`` of these training slices."""
-    values = []
-    for counts, totals, _ in slices:
-        seen = totals > 0
-        values.append(np.log1p(counts[:, seen] * (TARGET_SUM / totals[seen])))
-    values = np.concatenate(values, axis=1)
+    values = np.concatenate(expression(slices), axis=1)
     rows = ["# stpatch genes 1", "index\tgene_id\tsymbol\tn_slices\tn_spots\tmean\tvariance"]
     for k, row in enumerate(values):
         mean, variance = float(row.mean()), float(row.var())
@@ -145,6 +151,30 @@ def write_split(
     }  # fmt: skip
     (folder / "index.json").write_text(json.dumps(index))
     return folder
+
+
+def add_part(folder: Path, part: str, tensors: dict[str, np.ndarray], **metadata: str) -> Path:
+    """Put ``{part}.safetensors`` beside the index, which vouches for it."""
+    file, index = folder / f"{part}.safetensors", json.loads((folder / "index.json").read_text())
+    file.write_bytes(save(tensors, metadata))
+    index[part] = {"file": file.name, "sha256": sha256(file.read_bytes())}
+    (folder / "index.json").write_text(json.dumps(index))
+    return file
+
+
+def add_components(folder: Path, axes: np.ndarray, noise: np.ndarray | None = None) -> Path:
+    """Components [n_genes, k] of the folder's vocabulary; noise 1 of each gene unless given."""
+    noise = np.ones(len(axes)) if noise is None else noise
+    tensors = {"components": axes.astype(np.float32), "noise": noise.astype(np.float32)}
+    return add_part(
+        folder, "components", tensors, format_version="1", genes_sha256=sha256((folder / "genes.tsv").read_bytes())
+    )
+
+
+def add_means(folder: Path, slices: list[tuple]) -> Path:
+    """Means of these slices, those of the index."""
+    means = np.array([values.mean(1) for values in expression(slices)], np.float32)
+    return add_part(folder, "means", {"means": means}, format_version="1")
 
 
 def write_whole(

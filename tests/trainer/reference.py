@@ -22,7 +22,8 @@ def reference(weights: dict[str, np.ndarray], cfg, statistics, batch: dict, mask
     statistics
         Mean and variance of each gene of the vocabulary.
     batch
-        ``counts`` [B, m, h, w], ``genes`` [B, m], ``totals`` [B, h, w], ``rows`` [B, h], ``halves`` [B, w].
+        ``counts`` [B, m, h, w], ``genes`` [B, m], ``totals`` [B, h, w], ``rows`` [B, h], ``halves`` [B, w], ``centres`` [B, m],
+        ``whole`` bool [B, S]: sites that are hidden whole.
     masked
         [B, S, m].
     """
@@ -47,7 +48,7 @@ def reference(weights: dict[str, np.ndarray], cfg, statistics, batch: dict, mask
         first = [vector[i] * math.cos(a) - vector[half + i] * math.sin(a) for i, a in enumerate(angles)]
         return first + [vector[i] * math.sin(a) + vector[half + i] * math.cos(a) for i, a in enumerate(angles)]
 
-    def block(name, sites, heads, seen):
+    def block(name, sites, heads, seen, where):
         d = len(sites[0])
         size = d // heads
         qkv = [linear(f"{name}.query_key_value", norm(f"{name}.norm_attention", x)) for x in sites]
@@ -62,7 +63,10 @@ def reference(weights: dict[str, np.ndarray], cfg, statistics, batch: dict, mask
                         query, key = qkv[s][:d][part], qkv[t][d : 2 * d][part]
                         if cfg.positions == "relative":
                             query, key = turned(query, *divmod(s, cfg.w)), turned(key, *divmod(t, cfg.w))
-                        scores[t] = math.exp(sum(a * b for a, b in zip(query, key, strict=True)) / math.sqrt(size))
+                        score = sum(a * b for a, b in zip(query, key, strict=True)) / math.sqrt(size)
+                        if cfg.unit == "patch" and cfg.positions == "distance":
+                            score -= math.exp(weights[f"{name}.log_slope"][head]) * math.dist(where[s], where[t])
+                        scores[t] = math.exp(score)
                 for i in range(size):
                     value = sum(p * qkv[t][2 * d :][part][i] for t, p in scores.items())
                     joined.append(value / sum(scores.values()))
@@ -75,21 +79,34 @@ def reference(weights: dict[str, np.ndarray], cfg, statistics, batch: dict, mask
     for b in range(len(batch["counts"])):
         genes = [int(k) for k in batch["genes"][b]]
         m, S = len(genes), cfg.h * cfg.w
-        e = [weights["gene_embedding.weight"][k].tolist() for k in genes]
+        fixed = cfg.gene_embeddings == "fixed"
+        embedding = weights["gene_loading" if fixed else "gene_embedding.weight"].tolist()
+        e = [embedding[k] for k in genes]
         counts = batch["counts"][b].reshape(m, S).astype(float).tolist()
         depth = [float(t) for t in batch["totals"][b].ravel()]
         seen = [t > 0 for t in depth]
         values = [
             [math.log1p(counts[k][s] * TARGET_SUM / depth[s]) if seen[s] else 0.0 for k in range(m)] for s in range(S)
         ]
+        if cfg.inputs == "slice":
+            centres = batch["centres"][b].tolist()
+            values = [[v - c for v, c in zip(site, centres, strict=True)] for site in values]
+        where = _places(batch["rows"][b], batch["halves"][b])
+        keys = [seen[s] and not (cfg.positions == "distance" and batch["whole"][b, s]) for s in range(S)]
         shown = []
         for s in range(S):
             visible = [k for k in range(m) if not masked[b, s, k]]
             read = list(values[s])
-            if cfg.inputs != "plain":
+            if cfg.inputs in ("centred", "standardised"):
                 read = [v - mean[k] for v, k in zip(read, genes, strict=True)]
             if cfg.inputs == "standardised":
                 read = [v / deviation[k] for v, k in zip(read, genes, strict=True)]
+            if fixed:
+                squares = [sum(v * v for v in embedding[k]) for k in range(cfg.n_genes)]
+                scale = sum(squares) / max(1e-6, sum(squares[genes[k]] for k in visible))
+                scores = [scale * sum(read[k] * e[k][i] for k in visible) for i in range(cfg.axes)]
+                shown.append(linear("show", scores))
+                continue
             scale = cfg.m / max(1, len(visible))
             shown.append([scale * sum(read[k] * e[k][i] for k in visible) for i in range(cfg.width)])
         sites = shown
@@ -101,22 +118,22 @@ def reference(weights: dict[str, np.ndarray], cfg, statistics, batch: dict, mask
                 position = [f(a) for line in angles for f in (math.sin, math.cos) for a in line]
                 sites.append([v + p for v, p in zip(x, position, strict=True)])
         for layer in range(cfg.depth):
-            sites = block(f"encoder.{layer}", sites, cfg.heads, seen)
+            sites = block(f"encoder.{layer}", sites, cfg.heads, keys, where)
         sites = [norm("encoder_norm", x) for x in sites]
         if cfg.unit == "multispot":
-            sites = _neighbours(sites, seen, batch["rows"][b], batch["halves"][b], cfg.neighbours)
+            sites = _neighbours(sites, seen, where, cfg.neighbours)
         if cfg.unit == "slice":
             sites = _domains(sites, shown, seen, cfg.domains)
         sites = [linear("narrow", x) for x in sites]
         for layer in range(cfg.decoder_depth):
-            sites = block(f"decoder.{layer}", sites, cfg.decoder_heads, seen)
+            sites = block(f"decoder.{layer}", sites, cfg.decoder_heads, keys, where)
         sites = [linear("widen", norm("decoder_norm", x)) for x in sites]
         for s in range(S):
             for k in range(m):
                 if not (masked[b, s, k] and seen[s]):
                     continue
                 score = sum(a * c for a, c in zip(sites[s], e[k], strict=True))
-                score += float(weights["gene_bias.weight"][genes[k], 0])
+                score += 0.0 if fixed else float(weights["gene_bias.weight"][genes[k], 0])
                 number += 1
                 if cfg.likelihood == "mse":
                     target = values[s][k]
@@ -135,9 +152,13 @@ def reference(weights: dict[str, np.ndarray], cfg, statistics, batch: dict, mask
     return total, number
 
 
-def _neighbours(sites, seen, rows, halves, n):
-    """Eq. 3 on a staggered lattice: weight 1 / (1 + distance in pitches), of ties the first in the grid."""
-    where = [(int(row) * math.sqrt(0.75), (2 * int(half) + int(row) % 2) / 2) for row in rows for half in halves]
+def _places(rows, halves):
+    """Of each site of a staggered lattice (y, x) in pitches."""
+    return [(int(row) * math.sqrt(0.75), (2 * int(half) + int(row) % 2) / 2) for row in rows for half in halves]
+
+
+def _neighbours(sites, seen, where, n):
+    """Eq. 3: weight 1 / (1 + distance in pitches), of ties the first in the grid."""
     out = []
     for here in where:
         distance = [math.dist(here, there) for there in where]

@@ -15,6 +15,7 @@ import torch
 from tests.trainer import corpus
 from trainer.data import Order, Shards, Vocabulary, lattice_lines
 from trainer.errors import DamagedShards, VocabularyMismatch
+from trainer.stream import Stream
 
 
 @pytest.fixture
@@ -141,6 +142,81 @@ def test_components_are_offered_where_the_index_has_them_and_must_be_whole(copy)
     (copy / "components.safetensors").write_bytes(b"axis")
     with pytest.raises(DamagedShards, match="components.safetensors: found [0-9a-f]{64}; expected sha256"):
         Shards(copy)
+
+
+def test_centres_are_the_means_of_the_samples_slice_where_they_are_asked_for(fixed_shards, train_slices):
+    """Told by the counts, which slice a sample is of; by a map of the index and by a stream alike."""
+    means = np.array([values.mean(1) for values in corpus.expression(train_slices)], np.float32)
+    reader, stream = Shards(fixed_shards / "train"), Stream(fixed_shards / "train")
+    np.testing.assert_allclose(reader.means, means, rtol=1e-6)
+    assert reader.read(np.arange(2), np.arange(2), 0).centres is None
+    reader.centred = stream.centred = True
+    stored = reader.read(np.arange(160), np.arange(160), 0)
+    assert (stored.centres.dtype, stored.centres.shape) == (torch.float32, (160, 24))
+    for centres, genes, slice in zip(stored.centres, stored.genes, reader.samples["slice"], strict=True):
+        np.testing.assert_allclose(centres.numpy(), means[slice, genes.numpy()], rtol=1e-6)
+    row_of = {counts.numpy().tobytes(): row for row, counts in enumerate(stored.counts)}
+    seen = 0
+    for batch in islice(stream.batches(Order(48, 3)), 4):
+        rows = [row_of[counts.numpy().tobytes()] for counts in batch.counts]
+        assert torch.equal(batch.centres, stored.centres[rows])
+        seen += len(rows)
+    assert seen == 160
+
+
+def test_a_stream_has_no_means_for_a_slice_that_the_index_lacks(fixed_shards):
+    stream = Stream(fixed_shards / "train")
+    assert stream.slice_of({"__key__": "train2_000007", "__url__": "a.tar"}) == 2
+    with pytest.raises(
+        DamagedShards, match="a.tar, sample other_000007: found slice 'other'; expected one of index.json"
+    ):
+        stream.slice_of({"__key__": "other_000007", "__url__": "a.tar"})
+
+
+@pytest.mark.parametrize("reader", [Shards, Stream])
+def test_means_that_are_not_there_are_missed_only_where_they_are_asked_for(copy, reader):
+    split = reader(copy)
+    assert len(next(iter(split.batches(Order(8, 0))))) == 8
+    split.centred = True
+    with pytest.raises(DamagedShards, match="found no means.safetensors.*build the shards again"):
+        next(iter(split.batches(Order(8, 0))))
+
+
+def test_means_are_those_that_the_index_vouches_for(copy, train_slices):
+    before = Shards(copy).identity()
+    file = corpus.add_means(copy, train_slices)
+    after = Shards(copy).identity()
+    assert after == before | {"means": after["means"]}  # a run does not go on with the means of other slices
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedShards, match="means.safetensors: found [0-9a-f]{64}; expected sha256"):
+        Shards(copy).means.sum()
+    file.unlink()
+    with pytest.raises(DamagedShards, match="means.safetensors"):
+        Shards(copy).means.sum()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "found"),
+    [
+        ({"means": np.zeros((3, 60), np.float32)}, r"float32 \[3, 60\]; expected float32 \[4, 60\]"),
+        ({"means": np.zeros((4, 60))}, r"float64 \[4, 60\]; expected float32"),
+        ({"other": np.zeros((4, 60), np.float32)}, "means.*; expected a tensor `means`"),
+    ],
+)
+def test_means_of_another_shape_are_refused_though_the_index_vouches_for_them(copy, tensors, found):
+    corpus.add_part(copy, "means", tensors)
+    with pytest.raises(DamagedShards, match=f"means.safetensors: found .*{found}"):
+        Shards(copy).means.sum()
+
+
+def test_means_that_are_no_safetensors_are_refused(copy):
+    file = corpus.add_part(copy, "means", {"means": np.zeros((4, 60), np.float32)})
+    file.write_bytes(b"nonsense" * 9)
+    rehash(copy, "means")
+    with pytest.raises(DamagedShards, match="means.safetensors: found .*; expected a tensor `means`"):
+        Shards(copy).means.sum()
 
 
 def test_an_empty_split_has_no_samples(tmp_path):

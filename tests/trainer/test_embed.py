@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save
 
 from tests.trainer import corpus
-from tests.trainer.conftest import SMALL
+from tests.trainer.conftest import FIXED, SMALL
 from trainer import embed, pretrain
 from trainer.errors import DamagedShards, VocabularyMismatch
 from trainer.expression import log_normalise
@@ -122,6 +121,75 @@ def test_the_other_units_embed_the_whole_slice_at_once(other_unit, slices, tmp_p
     assert (metadata["stride"], metadata["genes_used"]) == ("none", "24")
     again = run(folder, tmp_path / "y.safetensors", file, flags=["--batch-size", "1"])
     assert again.read_bytes() == (tmp_path / "x.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def fixed_model(tmp_path_factory, fixed_shards):
+    """A model folder of fixed embeddings, inputs about the slice's mean and positions by distance, after a few steps."""
+    out = tmp_path_factory.mktemp("fixed") / "model"
+    flags = [*SMALL, *FIXED, *"--mask-ratio 0 --mask-genes 0.4 --steps 12 --lr 3e-3".split()]
+    pretrain.main(["--shards", str(fixed_shards / "train"), "--out", str(out), *flags])
+    return out
+
+
+@pytest.mark.parametrize("name", ["usual", "small", "half"])
+@pytest.mark.parametrize("n_genes", [24, 10**6])
+def test_inputs_about_the_slices_mean_are_about_the_mean_of_the_slice_embedded(
+    fixed_model, slices, tmp_path, name, n_genes
+):
+    """Against a plain transcription: the slice's own means and places, windows padded where the slice is smaller."""
+    file, counts, totals, cell, genes = slices[name]
+    model, _, _ = load(fixed_model)
+    seen, (H, W) = totals > 0, totals.shape
+    values = np.log1p(counts * np.divide(1e4, totals, out=np.zeros_like(totals), where=seen).astype(float))
+    chosen = sorted(sorted(range(len(genes)), key=lambda k: -values[k][seen].var())[:n_genes])
+    centred = values[chosen] - values[chosen][:, seen].mean(1)[:, None, None]
+    y, x = np.indices(totals.shape)
+    places = np.stack([y * 0.75**0.5, (2 * x + y % 2) / 2], axis=2)  # layout offset
+    sums, number = np.zeros((H, W, 32)), np.zeros((H, W, 1))
+    for top in {20: (0, 2, 4, 6, 8, 10, 12, 14), 4: (0,), 13: (0, 2, 4, 6, 7)}[H]:
+        for left in {24: (*range(0, 19, 2), 19), 3: (0,), 11: (0, 2, 4, 6)}[W]:
+            crop = np.s_[top : top + 6, left : left + 5]
+            height, width = totals[crop].shape
+            window, where, known = np.zeros((len(chosen), 6, 5)), np.full((6, 5, 2), 1e3), np.zeros((6, 5), bool)
+            window[:, :height, :width] = centred[:, *crop]
+            where[:height, :width], known[:height, :width] = places[crop], seen[crop]
+            with torch.no_grad():
+                features = model.encode(
+                    torch.from_numpy(window).float().flatten(1).T[None],
+                    torch.from_numpy(genes[chosen])[None],
+                    torch.from_numpy(known).flatten()[None],
+                    None,
+                    torch.from_numpy(where).flatten(0, 1)[None],
+                )
+            sums[crop] += features.view(6, 5, 32)[:height, :width].numpy()
+            number[crop] += 1
+    X, _, metadata = read(run(fixed_model, tmp_path / "x.safetensors", file, flags=["--genes", str(n_genes)]))
+    np.testing.assert_allclose(X, (sums / number).reshape(-1, 32)[cell], atol=1e-4)
+    assert metadata["genes_used"] == str(len(chosen)) == str(min(n_genes, len(genes)))
+
+
+def test_a_slice_of_any_depth_of_a_gene_has_the_same_embedding_about_its_mean(
+    fixed_model, slices, tmp_path, monkeypatch
+):
+    """A batch effect that adds the same to a gene's expression everywhere does not reach the model."""
+    file, *_ = slices["usual"]
+    X, _, _ = read(run(fixed_model, tmp_path / "x.safetensors", file, flags=["--genes", "60"]))
+    shift = torch.linspace(0, 3, 60)
+    monkeypatch.setattr(embed, "log_normalise", lambda *a: log_normalise(*a) + shift.to(a[1].dtype))
+    shifted, _, _ = read(run(fixed_model, tmp_path / "y.safetensors", file, flags=["--genes", "60"]))
+    np.testing.assert_allclose(X, shifted, atol=1e-4)
+
+
+def test_the_means_of_genes_are_over_the_cells_asked_for(slices):
+    whole, chosen = embed.WholeSlice.read(slices["half"][0]), np.array([3, 0, 17])
+    counts, totals = slices["half"][1:3]
+    cells = np.flatnonzero(totals > 0)[5:20]
+    expected = np.log1p(counts.reshape(30, -1)[chosen][:, cells] * (1e4 / totals.ravel()[cells].astype(float))).mean(1)
+    found = embed.gene_means(whole, chosen, cells, 1e4)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert embed.gene_means(whole, chosen, cells[:0], 1e4).tolist() == [0, 0, 0]
 
 
 def test_few_values_at_a_time_give_the_same_embedding(model_folder, slices, tmp_path, monkeypatch):
@@ -235,16 +303,10 @@ def test_the_untrained_model_is_the_one_training_started_from(model_folder, slic
     assert np.array_equal(bare[0], control[0])
 
 
-def test_the_untrained_control_of_a_start_from_components_starts_from_them(shards, slices, genes_tsv, tmp_path):
-    folder = tmp_path / "train"
-    shutil.copytree(shards / "train", folder)
+def test_the_untrained_control_of_a_start_from_components_starts_from_them(shards, slices, tmp_path):
+    folder = shutil.copytree(shards / "train", tmp_path / "train")
     axes = np.linalg.qr(np.random.default_rng(0).normal(size=(60, 8)))[0].astype(np.float32)
-    facts = {"format_version": "1", "genes_sha256": corpus.sha256(genes_tsv)}
-    (folder / "components.safetensors").write_bytes(save({"components": axes}, facts))
-    index = json.loads((folder / "index.json").read_text())
-    sha256 = corpus.sha256((folder / "components.safetensors").read_bytes())
-    index["components"] = {"file": "components.safetensors", "sha256": sha256}
-    (folder / "index.json").write_text(json.dumps(index))
+    corpus.add_components(folder, axes)
     flags = ["--gene-embeddings", "components", "--steps", "2", *SMALL]
     pretrain.main(["--shards", str(folder), "--out", str(tmp_path / "model"), *flags])
     model, _, _ = load(tmp_path / "model", untrained=True)

@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from trainer import masks
 from trainer.data import Vocabulary
 from trainer.errors import ConfigError, VocabularyMismatch
 from trainer.expression import expected_log_normalised, log_normalise
-from trainer.model import ModelConfig, attended, build, position_encoding, rotate, rotation
+from trainer.model import ModelConfig, attended, build, fixed_loadings, position_encoding, rotate, rotation
 
 CFG = ModelConfig(
     n_genes=11, m=5, h=2, w=3, width=8, depth=1, heads=2, feed_forward=12, decoder_width=8, decoder_depth=1,
@@ -28,6 +28,9 @@ VARIANTS = {unit: {"unit": unit} for unit in ("patch", "spot", "multispot", "sli
     "standardised": {"inputs": "standardised", "unit": "slice"},
     "relative": {"positions": "relative", "heads": 2, "width": 8},
     "none": {"positions": "none"},
+    "distance": {"positions": "distance"},
+    "fixed": {"gene_embeddings": "fixed", "axes": 4, "inputs": "slice", "positions": "distance"},
+    "fixed spot": {"gene_embeddings": "fixed", "axes": 4, "inputs": "slice", "unit": "spot"},
 }
 
 
@@ -35,10 +38,18 @@ def vocabulary(means=MEANS, sha256="") -> Vocabulary:
     return Vocabulary([f"g{k}" for k in range(len(means))], means, means**2, sha256)
 
 
+@pytest.fixture(scope="module")
+def components(tmp_path_factory):
+    """A file of five components, of the vocabulary "abc"."""
+    draw = np.random.default_rng(7)
+    axes, noise = np.linalg.qr(draw.normal(size=(CFG.n_genes, 5)))[0], draw.uniform(0.1, 2, CFG.n_genes)
+    return write_axes(tmp_path_factory.mktemp("components") / "components.safetensors", axes, noise=noise)
+
+
 @pytest.fixture(params=VARIANTS)
-def model(request):
+def model(request, components):
     cfg = dataclasses.replace(CFG, **VARIANTS[request.param])
-    model = build(cfg, vocabulary(), seed=3)
+    model = build(cfg, vocabulary(sha256="abc"), 3, components)
     with torch.no_grad():  # away from the start, where the decoder's last layer is zero
         for weight in model.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
@@ -70,7 +81,7 @@ def test_unobserved_sites_do_not_change_observed_sites(model, window):
     changed = values + 5 * ~observed[:, :, None]
     moved = places + 0.3 * ~observed[:, :, None]
     before, after = (
-        model.decode(model.encode(v, genes, observed, masked, p), genes, observed)
+        model.decode(model.encode(v, genes, observed, masked, p), genes, observed, p)
         for v, p in ((values, places), (changed, moved))
     )
     assert torch.equal(before[observed], after[observed])
@@ -110,8 +121,9 @@ def test_the_order_of_genes_does_not_matter(model, window):
 
 def test_masking_and_the_number_of_genes_keep_the_scale_of_the_input(model):
     """A site whose genes are all alike gets the same features however many of them it shows."""
+    weights = model.gene_loading if model.cfg.gene_embeddings == "fixed" else model.gene_embedding.weight
     with torch.no_grad():
-        model.gene_embedding.weight[:] = model.gene_embedding.weight[0]
+        weights[:] = weights[0].clone()
         model.gene_mean[:], model.gene_deviation[:] = 0.2, 0.4
     rest = torch.ones(1, 6).bool(), None, torch.arange(12.0).view(1, 6, 2).double()
     few, many = torch.arange(3)[None], torch.arange(11)[None]
@@ -138,7 +150,7 @@ def test_a_window_without_observed_sites_stays_finite(model, window):
     nothing = torch.zeros(2, 6).bool()
     features = model.encode(values, genes, nothing, masked, places)
     assert features.isfinite().all()
-    assert model.decode(features, genes, nothing).isfinite().all()
+    assert model.decode(features, genes, nothing, places).isfinite().all()
     assert attended(nothing).all()
 
 
@@ -174,6 +186,13 @@ def test_the_first_weights_depend_on_the_seed_alone():
         {"positions": "relative", "width": 12, "heads": 2},
         {"likelihood": "nb", "targets": "standardised"},
         {"decoder_heads": 0},
+        {"axes": 0},
+        {"positions": "distance", "unit": "spot"},
+        {"positions": "distance", "unit": "multispot"},
+        {"gene_embeddings": "fixed"},
+        {"gene_embeddings": "fixed", "inputs": "centred"},
+        {"inputs": "slice", "likelihood": "poisson"},
+        {"inputs": "slice", "targets": "standardised"},
     ],
 )
 def test_a_shape_that_cannot_be_built_is_refused(wrong):
@@ -181,9 +200,131 @@ def test_a_shape_that_cannot_be_built_is_refused(wrong):
         ModelConfig(**{**dict(n_genes=11, m=5, h=2, w=3, width=8, heads=2, decoder_width=4, decoder_heads=2), **wrong})
 
 
-def write_axes(file, axes, sha256="abc"):
-    file.write_bytes(save({"components": axes.astype(np.float32)}, {"format_version": "1", "genes_sha256": sha256}))
+def write_axes(file, axes, sha256="abc", noise=None):
+    tensors = {"components": axes, "noise": np.ones(len(axes)) if noise is None else noise}
+    tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
+    file.write_bytes(save(tensors, {"format_version": "1", "genes_sha256": sha256}))
     return file
+
+
+def test_scores_on_fixed_components_have_unit_noise_and_keep_the_components_where_they_are(components):
+    """L' diag(noise) L = 1, and L spans what A does; of all such L the one that turns A least."""
+    stored = load_file(components)
+    axes, noise = (stored[name].astype(float) for name in ("components", "noise"))
+    for k in (1, 3, 5):
+        L = fixed_loadings(components, vocabulary(sha256="abc"), k).double().numpy()
+        assert L.shape == (11, k)
+        np.testing.assert_allclose(L.T @ (noise[:, None] * L), np.eye(k), atol=1e-5)
+        root = np.linalg.lstsq(axes[:, :k], L, rcond=None)[0]
+        np.testing.assert_allclose(axes[:, :k] @ root, L, atol=1e-6)
+        np.testing.assert_allclose(root, root.T, atol=1e-5)  # the symmetric root
+        assert np.linalg.eigvalsh(root).min() > 0
+    equal = write_axes(components.with_name("equal.safetensors"), axes, noise=np.full(11, 4.0))
+    np.testing.assert_allclose(fixed_loadings(equal, vocabulary(sha256="abc"), 5).numpy(), axes / 2, atol=1e-6)
+
+
+def test_a_component_of_genes_without_noise_does_not_drown_the_others(tmp_path):
+    axes = np.eye(11)[:, :3]
+    file = write_axes(tmp_path / "c.safetensors", axes, noise=np.array([1.0, 0.0, 1.0, *[1.0] * 8]))
+    L = fixed_loadings(file, vocabulary(sha256="abc"), 3)
+    assert L.isfinite().all()
+    assert L.abs().max() <= 1e3 * (1 + 1e-6)
+
+
+def test_fixed_loadings_are_part_of_the_model_but_not_trained(components):
+    cfg = dataclasses.replace(CFG, **VARIANTS["fixed"])
+    model = build(cfg, vocabulary(sha256="abc"), 0, components)
+    assert torch.equal(model.gene_loading, fixed_loadings(components, vocabulary(sha256="abc"), 4))
+    assert "gene_loading" in model.state_dict()
+    names = {name for name, _ in model.named_parameters()}
+    assert not {name for name in names if name.startswith("gene_")}
+    assert sum(name.endswith("log_slope") for name in names) == 2
+
+
+def test_a_fresh_model_of_fixed_embeddings_predicts_the_slices_mean(components, window):
+    """Zero, since values are about it."""
+    values, genes, observed, masked, places = window
+    model = build(dataclasses.replace(CFG, **VARIANTS["fixed"]), vocabulary(sha256="abc"), 0, components)
+    features = model.encode(values.float(), genes, observed, masked, places)
+    assert torch.equal(model.decode(features, genes, observed, places), torch.zeros(2, 6, 5))
+
+
+def test_too_few_components_for_the_axes_are_refused_with_the_number_there_are(components):
+    cfg = dataclasses.replace(CFG, **VARIANTS["fixed"] | {"axes": 6})
+    with pytest.raises(ConfigError, match="components.safetensors: found 5 components; expected .*6.*--axes 5"):
+        build(cfg, vocabulary(sha256="abc"), 0, components)
+    with pytest.raises(ConfigError, match="found no components.safetensors"):
+        build(cfg, vocabulary(sha256="abc"), 0, None)
+
+
+def line_of(n, components, steepness, **knobs):
+    """A model of n sites in a row, one pitch apart, whose heads all have this slope; values, genes, observed, places."""
+    cfg = dataclasses.replace(CFG, **{**VARIANTS["fixed"], "h": 1, "w": n, **knobs})
+    model = build(cfg, vocabulary(sha256="abc"), 3, components).double()
+    with torch.no_grad():
+        for block in [*model.encoder, *model.decoder]:
+            block.log_slope.fill_(math.log(steepness))
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(1, n, 5, generator=draw, dtype=torch.float64)
+    places = torch.stack([torch.zeros(n), torch.arange(n)], dim=1).double()[None]
+    return model, values, torch.arange(5)[None], torch.ones(1, n, dtype=torch.bool), places
+
+
+@pytest.mark.parametrize("embeddings", [{}, {"gene_embeddings": "random", "inputs": "plain"}])
+def test_a_change_counts_for_less_the_farther_away_it_is(components, embeddings):
+    moved = {}
+    for steepness in (0.1, 3.0):
+        model, values, genes, observed, places = line_of(8, components, steepness, **embeddings)
+        changed = values.clone()
+        changed[0, 0] += 1
+        before, after = (model.encode(v, genes, observed, None, places) for v in (values, changed))
+        moved[steepness] = (after - before).norm(dim=2)[0]
+    steep = moved[3.0]
+    assert (steep[2:] < steep[:-2] / 5).all()  # two pitches farther
+    assert steep[7] < 1e-6 * steep[0] < moved[0.1][7]  # a gentle slope lets the far end hear of it
+
+
+def test_attention_by_distance_is_the_softmax_of_slopes_written_out(components):
+    """Where queries and keys say nothing, a head is the mean over the keys, each weighing exp(-slope * pitches)."""
+    model, _, _, observed, places = line_of(5, components, 0.7)
+    observed[0, 3] = False
+    block, x = model.encoder[0], torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        block.log_slope.copy_(torch.tensor([0.7, 2.0]).log())
+        block.query_key_value.weight[:8] = 0
+        block.query_key_value.bias[16:] = torch.arange(8)
+    found = block.attention(x, attended(observed), None, model.distance(places))
+    value = x @ block.query_key_value.weight[16:].T + block.query_key_value.bias[16:]
+    rows = []
+    for site in range(5):
+        heads = []
+        for head, slope in enumerate((0.7, 2.0)):
+            weight = torch.tensor([math.exp(-slope * abs(site - t)) if t != 3 else 0.0 for t in range(5)]).double()
+            heads.append((weight / weight.sum()) @ value[0, :, 4 * head : 4 * head + 4])
+        rows.append(torch.cat(heads))
+    expected = torch.stack(rows) @ block.project.weight.T + block.project.bias
+    assert torch.allclose(found[0], expected, atol=1e-6)
+
+
+def test_where_sites_lie_matters_by_distance_alone(components):
+    model, values, genes, observed, places = line_of(6, components, 0.5)
+    turned = places @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]]).double() + torch.tensor([40.0, -3.0])
+    before, after, wider = (model.encode(values, genes, observed, None, p) for p in (places, turned, 2 * places))
+    assert torch.allclose(before, after, atol=1e-4)  # distances are float32
+    assert not torch.allclose(before, wider, atol=1e-3)
+
+
+def test_the_visible_genes_are_weighed_by_their_loadings(components):
+    """A site that shows a component in full gets the same scores whichever genes of it are visible: as many times the loading."""
+    model = build(dataclasses.replace(CFG, **VARIANTS["fixed"]), vocabulary(sha256="abc"), 0, components).double()
+    L, genes = model.gene_loading.clone(), torch.arange(11)[None]
+    values = torch.randn(1, 1, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    masked = torch.zeros(1, 1, 11, dtype=torch.bool)
+    masked[..., ::2] = True
+    for hidden, seen in ((None, torch.ones(11)), (masked, (~masked[0, 0]).double())):
+        expected = (values[0, 0] * seen) @ L * (L.square().sum() / (L.square().sum(1) * seen).sum())
+        assert torch.allclose(model.components_of(values, genes, hidden)[0, 0], expected)
+    assert (model.components_of(values, genes, torch.ones_like(masked)) == 0).all()
 
 
 @pytest.mark.parametrize("k", [3, 8, 10])
@@ -300,3 +441,37 @@ class TestMasks:
         shifts = [(mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1]), (mask[:, :, 1:], mask[:, :, :-1])]
         for one, other in shifts:
             assert abs((one * other).mean()) < 5 * 0.21 / math.sqrt(one.numel())
+
+    def test_genes_are_hidden_for_a_whole_window_at_the_rate_asked(self):
+        genes, positions = torch.arange(3, 303).expand(400, -1), torch.arange(400)
+        for ratio in (0.1, 0.3, 0.75):
+            hidden = masks.gene_mask(0, 0, positions, genes, ratio)
+            assert hidden.shape == (400, 300)
+            assert hidden.dtype == torch.bool
+            hidden = hidden.double()
+            for axis in (0, 1):
+                per = hidden.mean(axis)
+                spread = math.sqrt(ratio * (1 - ratio) / (hidden.numel() / len(per)))
+                assert (per - ratio).abs().max() < 5 * spread
+                assert 0.8 < per.std() / spread < 1.2  # as independent draws spread
+
+    def test_hidden_genes_follow_gene_position_epoch_and_seed_alone(self):
+        base = masks.gene_mask(0, 0, self.positions, self.genes, 0.3)
+        cut = [
+            masks.gene_mask(0, torch.tensor(0), self.positions[i : i + 13], self.genes[i : i + 13].int(), 0.3)
+            for i in (0, 13, 26, 39)
+        ]
+        assert torch.equal(base, torch.cat(cut))
+        assert torch.equal(base, masks.gene_mask(0, 0, self.positions, self.genes.flip(1), 0.3).flip(1))
+        for seed, epoch, moved in ((1, 0, 0), (0, 1, 0), (0, masks.VALIDATION, 0), (0, 0, 40)):
+            other = masks.gene_mask(seed, epoch, self.positions + moved, self.genes, 0.3)
+            assert 0.3 < (base != other).float().mean() < 0.54  # independent draws differ in 2 x .3 x .7 = .42
+
+    def test_hidden_genes_entries_and_sites_are_drawn_apart(self):
+        genes, positions = torch.arange(60).expand(400, -1), torch.arange(400)
+        gone = masks.gene_mask(0, 0, positions, genes, 0.3)[:, None].expand(-1, 36, -1).double() - 0.3
+        entries = masks.entry_mask(0, 0, positions, 36, genes, 0.3).double() - 0.3
+        sites = masks.site_mask(0, 0, positions, 36, 0.3)[:, :, None].expand_as(gone).double() - 0.3
+        first = entries[:, :1].expand_as(gone)  # of the site whose word that of the window's genes begins with
+        for other in (entries, sites, first):
+            assert abs((gone * other).mean()) < 5 * 0.21 / math.sqrt(400 * 60 if other is first else 400 * 36)

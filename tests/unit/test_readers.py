@@ -293,6 +293,34 @@ def test_a_truncated_h5_is_unreadable(layout, fraction, area, tmp_path):
         read(tmp_path)
 
 
+def recast(path, kind):
+    """Write the counts of a 10x h5 with another type in their header."""
+    with h5py.File(path, "r+") as file:
+        data = file["matrix/data"][:]
+        del file["matrix/data"]
+        file["matrix"].create_dataset("data", data=data.astype(kind))
+
+
+@pytest.mark.parametrize("kind", [">i4", ">i8", "<u2", ">f8"])
+def test_counts_of_any_byte_order_are_read_right(kind, area, tmp_path):
+    path = tmp_path / "filtered_feature_bc_matrix.h5"
+    write_tenx_h5(area, path)
+    recast(path, kind)
+    (tmp_path / "tissue_positions.csv").write_text(positions(area, header=True))
+    assert same(read(tmp_path), area)
+
+
+@pytest.mark.parametrize("kind", ["<f2", "?", "S4", "<c8"])
+def test_counts_of_a_type_that_no_count_has_are_unreadable(kind, area, tmp_path):
+    path = tmp_path / "filtered_feature_bc_matrix.h5"
+    write_tenx_h5(area, path)
+    recast(path, kind)
+    (tmp_path / "tissue_positions.csv").write_text(positions(area, header=True))
+    with pytest.raises(Unreadable, match="filtered_feature_bc_matrix.h5.*counts of type") as caught:
+        read(tmp_path)
+    assert caught.value.code == "unreadable"
+
+
 def test_an_h5_whose_chunks_are_overwritten_is_unreadable(area, tmp_path):
     write_deposit(area, "spaceranger-2", tmp_path)
     (path,) = tmp_path.rglob("*.h5")

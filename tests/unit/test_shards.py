@@ -8,18 +8,20 @@ import tarfile
 import numpy as np
 import pytest
 from numcodecs import blosc
+from safetensors.numpy import load_file
 
 from tests.conftest import ROOT
 from workflow import tar
 from workflow.codec import codec, decode, encode_counts
 from workflow.errors import TooFewGenes
 from workflow.grid import make_grid
+from workflow.moments import moments, write_moments
 from workflow.sample import Field, draw_windows
-from workflow.shards import SAMPLE_DTYPE, canonical_sha256, write_shards
+from workflow.shards import SAMPLE_DTYPE, canonical_sha256, slice_means, write_shards
 from workflow.simulate import tiny_slice
 from workflow.stats import merge_moments, write_vocabulary
 from workflow.whole import whole_slice
-from workflow.windows import write_pack
+from workflow.windows import n_windows, write_pack
 
 NAMES = ["a", "b", "c"]
 SETTINGS = {
@@ -125,6 +127,56 @@ def test_the_corpus_components_go_along_where_there_are_any(grids, tmp_path):
     assert index["components"]["sha256"] == hashlib.sha256(b"axes").hexdigest()
     write_shards(folder, [], genes, **{**settings, "components": None})
     assert not (folder / "components.safetensors").exists()
+
+
+def test_the_means_of_each_slices_genes_go_along_and_are_zero_where_it_measured_none(grids, tmp_path):
+    """Against the mean over the slice's spots, written out; the second slice lacks the vocabulary's first ten genes."""
+    some = [grids["a"], make_grid(tiny_slice(seed=1, name="b", gene_offset=10), "auto", 100)]
+    files, parts = [tmp_path / f"{grid.slice}.npz" for grid in some], []
+    for grid, file in zip(some, files, strict=True):
+        parts.append({"gene_ids": grid.gene_ids, "symbols": grid.gene_ids, **moments(grid, 1e4)})
+        write_moments(file, grid.gene_ids, grid.gene_ids, moments(grid, 1e4))
+    vocabulary = merge_moments(parts)
+    write_vocabulary(vocabulary, tmp_path / "genes.tsv")
+    expected = np.zeros((2, 70))
+    for i, grid in enumerate(some):
+        seen = grid.mask & (grid.total_counts > 0)
+        values = np.log1p(grid.counts[seen] * (1e4 / grid.total_counts[seen][:, None].astype(float)))
+        expected[i, [vocabulary.gene_id.index(gene) for gene in grid.gene_ids]] = values.mean(axis=0)
+    assert (expected[1, :10] == 0).all()
+    out, args = tmp_path / "train", {"split": "train", "rows": [], "settings": SETTINGS}
+    index = write_shards(out, [], tmp_path / "genes.tsv", **args, moments=files)
+    path = out / index["means"]["file"]
+    assert index["means"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    means = load_file(path)["means"]
+    assert means.dtype == np.float32
+    np.testing.assert_allclose(means, expected, rtol=1e-6)
+    first = path.read_bytes()
+    write_shards(out, [], tmp_path / "genes.tsv", **args, moments=files)
+    assert path.read_bytes() == first
+    assert "means" not in write_shards(out, [], tmp_path / "genes.tsv", **args)
+    assert not path.exists()
+
+
+def test_a_gene_that_left_the_vocabulary_is_left_out_of_the_means():
+    found = {"gene_ids": np.array(["c", "x", "a"]), "n_spots": 4, "sum": np.array([2.0, 9.0, 6.0])}
+    np.testing.assert_array_equal(slice_means([found], ["a", "b", "c"]), [[1.5, 0.0, 0.5]])
+    assert slice_means([], ["a", "b", "c"]).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("most", "max_coverage", "expected"),
+    [
+        (512, 0, lambda n: 512),
+        (512, 2.5, lambda n: round(2.5 * n / 30)),
+        (7, 2.5, lambda n: 7),
+        (512, 1e-9, lambda n: 1),
+    ],
+)
+def test_a_small_slice_gets_as_many_windows_as_cover_a_spot_so_often(grids, most, max_coverage, expected):
+    grid = grids["a"]
+    assert 0 < grid.mask.sum() < grid.mask.size
+    assert n_windows(most, max_coverage, grid, (6, 5)) == expected(grid.mask.sum())
 
 
 def test_windows_of_all_slices_are_mixed_over_several_tars(built):

@@ -67,7 +67,8 @@ def build(results):
     write_vocabulary(merge_moments(read_moments(sorted((results / "stats/moments").glob("*.npz")))), genes)
     sha256, vocabulary = hashlib.sha256(genes.read_bytes()).hexdigest(), read_vocabulary(genes).gene_id
     axes = np.eye(len(vocabulary), 3, dtype=np.float32)
-    write_components(results / "stats/components.safetensors", axes, np.ones(3, np.float32), sha256)
+    noise = np.ones(len(vocabulary), np.float32)
+    write_components(results / "stats/components.safetensors", axes, np.ones(3, np.float32), noise, sha256)
     packs = []
     for name in ("a", "b"):
         grid, pack = read_grid(results / f"grids/{name}.zarr"), results / "windows" / name
@@ -78,7 +79,8 @@ def build(results):
         (results / f"shards/slices/{name}.tar").write_bytes(whole)
     rows = [{"slice": name, "source": "simulated", "organism": "human", "donor": name} for name in ("a", "b")]
     parts = {"rows": rows, "settings": SETTINGS, "components": results / "stats/components.safetensors"}
-    index = write_shards(results / "shards/train", packs, genes, split="train", **parts)
+    moments_of = [results / f"stats/moments/{name}.npz" for name in ("a", "b")]
+    index = write_shards(results / "shards/train", packs, genes, split="train", **parts, moments=moments_of)
     write_shards(results / "shards/val", packs[:0], genes, split="val", **parts | {"rows": []})
     shutil.rmtree(results / "windows")
     model = results / "pretrain/model"
@@ -159,6 +161,7 @@ def test_a_whole_folder_has_no_problem_and_every_kind_of_file_is_looked_at(whole
         ("shards/train/samples.npy", "shards/train/samples.npy", "shards/train/index.json"),
         ("shards/train/genes.tsv", "shards/train/genes.tsv", "shards/train/index.json"),
         ("shards/train/components.safetensors", "shards/train/components.safetensors", "shards/train/index.json"),
+        ("shards/train/means.safetensors", "shards/train/means.safetensors", "shards/train/index.json"),
         ("shards/slices/a.tar", "shards/slices/a.tar", "shards/slices/a.tar"),
         ("embeddings/stpatch/a.safetensors", "embeddings/stpatch/a.safetensors", "embeddings/stpatch/a.safetensors"),
         ("annotated/a.h5ad", "annotated/a.h5ad", "annotated/a.h5ad"),
@@ -273,6 +276,19 @@ def test_a_flipped_bit_in_what_the_trainer_sealed_is_found_though_nothing_else_h
         flip(path, path.stat().st_size + at if at < 0 else at)
         assert path in {problem.file for problem in found_in(results, name)}
         path.write_bytes(as_safetensors(*about))
+
+
+def test_a_model_of_fixed_embeddings_is_held_against_the_vocabulary_by_its_loadings(results):
+    path = results / "pretrain/model/model.safetensors"
+    n = json.loads((results / "pretrain/model/config.json").read_text())["data"]["genes"]["n"]
+    shutil.copyfile(results / "stats/components.safetensors", path.parent / "components.safetensors")
+    save_file({"gene_loading": np.ones((n, 3), np.float32)}, path, metadata={"format": "pt"})
+    assert found_in(results, "pretrain/model/model.safetensors") == []
+    save_file({"gene_loading": np.ones((n - 1, 3), np.float32)}, path, metadata={"format": "pt"})
+    (problem,) = found_in(results, "pretrain/model/model.safetensors")
+    assert "genes with an embedding" in problem.found
+    save_file({"other": np.ones((n, 3), np.float32)}, path, metadata={"format": "pt"})
+    assert {problem.file for problem in found_in(results, "pretrain/model/model.safetensors")} == {path}
 
 
 def test_the_file_of_a_foreign_method_that_was_skipped_holds_nothing_and_is_no_problem(results):
