@@ -11,8 +11,8 @@ tags: [spatial-transcriptomics, masked-autoencoder{tag}]
 ---
 # stpatch: a masked autoencoder of Visium windows
 {warning}
-A window of {h} x {w} spots by {m} genes is read as an image with one token a spot; {mask_ratio:.0%} of its (spot, gene) entries
-are hidden and predicted from the rest{whole_sites}. The features of its encoder describe a spot{surroundings}.
+A window of {h} x {w} spots by {m} genes is read as an image with one token a spot; {hidden} are hidden and predicted from the
+rest. The features of its encoder describe a spot{surroundings}.
 
 ## Held-out windows
 
@@ -29,7 +29,7 @@ weight decay {weight_decay:g}, seed {seed}. All settings: `config.json`; the cou
 
 ## Data
 
-{n_samples:,} windows, genes selected by `{selection}`, from {n_slices} slices{kind}; values are log1p(count * {target_sum:g} / total).
+{n_samples:,} windows, genes selected by `{selection}`, from {n_slices} slices{kind}; values are log1p(count * {target_sum:g} / total){about}.
 
 | slice | source | organism | donor | layout | pitch | windows | |
 |---|---|---|---|---|---|---|---|
@@ -47,7 +47,7 @@ python -m trainer.embed --model DIR --shards results/shards/slices/SLICE.tar --o
 from trainer.model import load
 
 model, config, vocabulary = load("DIR")
-features = model.encode(values, genes, observed)  # [B, S, m], [B, m], [B, S] -> [B, S, width]
+features = model.encode(values, genes, observed{places})  # [B, S, m], [B, m], [B, S]{of_places} -> [B, S, width]
 ```
 
 ## Limits
@@ -66,7 +66,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 56, 16, 40, 40
 SERIES = (  # kind of line, key, colour, dash, name
     ("train", "loss", "#9A9A9A", "", "training loss"),
     ("val", "masked_mse", "#D55E00", "", "held-out windows"),
-    ("val", "gene_mean_mse", "#000000", "5 4", "held-out, each gene's training mean"),
+    ("val", "gene_mean_mse", "#000000", "5 4", "held-out, each gene's mean"),
 )
 
 
@@ -75,16 +75,22 @@ def model_card(facts: dict, scores: dict[str, float], n_weights: int) -> str:
     data, model, objective = facts["data"], facts["model"], facts["objective"]
     rows = [(row, "training") for row in data["slices"]] + [(row, "held out") for row in data["held_out"]]
     rows = [ROW.format(**row, use=use, pitch=in_um(row["pitch_um"])) for row, use in rows]
+    hidden = {"mask_ratio": "(spot, gene) entries", "mask_genes": "genes at every spot", "mask_sites": "spots whole"}
+    hidden = [f"{objective[name]:.0%} of its {what}" for name, what in hidden.items() if objective[name]]
+    placed = model["unit"] == "multispot" or model["positions"] == "distance"
+    in_slice = model["inputs"] == "slice"
     return CARD.format(
         **{name: value for name, value in data.items() if name not in ("genes", "slices")},
         **facts["train"],
-        **{name: value for name, value in objective.items() if name != "seed"},
         **{name: value for name, value in model.items() if name not in data},
-        whole_sites=f", and {objective['mask_sites']:.0%} of its spots whole" * bool(objective["mask_sites"]),
+        hidden=" and ".join(hidden),
+        about=", less the gene's mean in its slice" * in_slice,
+        places=", None, places" * placed,
+        of_places=", ..., [B, S, 2] in pitches" * placed,
         surroundings=" in its surroundings" * (model["unit"] != "spot"),
         tag=", simulated" * data["simulated"],
         warning=SIMULATED * data["simulated"] + CONTAMINATED * data["allow_contamination"],
-        figures=_figures(scores, data),
+        figures=_figures(scores, data, "each gene's mean in its slice" if in_slice else "each gene's training mean"),
         weights=n_weights,
         n_slices=len(data["slices"]),
         kind=" (simulated)" * data["simulated"],
@@ -98,7 +104,7 @@ def in_um(pitch: float | None) -> str:
     return "an unknown pitch" if pitch is None else f"{pitch:g} um"
 
 
-def _figures(scores: dict[str, float], data: dict) -> str:
+def _figures(scores: dict[str, float], data: dict, baseline: str) -> str:
     if not scores:
         return "There were none: nothing is known of how well the model predicts tissue it has not seen."
     model, mean, n = scores["masked_mse"], scores["gene_mean_mse"], sum(row["n_windows"] for row in data["held_out"])
@@ -106,7 +112,7 @@ def _figures(scores: dict[str, float], data: dict) -> str:
     return (
         f"The last validation, over {scores['n_windows']:,} of {n:,} held-out windows:\n\n"
         f"| prediction of the hidden entries | mean squared error{' (simulated data)' * data['simulated']} |\n|---|---|\n"
-        f"| model | {model:.5f} |\n| each gene's training mean | {mean:.5f} |\n\nThe model is {verdict} the gene means."
+        f"| model | {model:.5f} |\n| {baseline} | {mean:.5f} |\n\nThe model is {verdict} the gene means."
     )
 
 

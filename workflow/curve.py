@@ -43,7 +43,7 @@ def draw(train: pd.DataFrame, val: pd.DataFrame):
         smooth = train["loss"].rolling(max(len(train) // 50, 2), min_periods=1).mean()
         axes.plot(train["step"], smooth, color=CONTROL, linewidth=2, label="train, running mean")
     axes.plot(val["step"], val["masked_mse"], "o-", color=MODEL, markersize=4, label="held-out windows")
-    axes.plot(val["step"], val["gene_mean_mse"], "--", color="black", label="held-out, each gene's training mean")
+    axes.plot(val["step"], val["gene_mean_mse"], "--", color="black", label="held-out, each gene's mean")
     axes.set(xlabel="step", ylabel="masked MSE of normalised expression")
     headline(figure, verdict(val))
     # Most of the masked variance is counting noise: an axis from zero would hide what was learned. The caption says so.

@@ -17,10 +17,10 @@ from trainer.model import ModelConfig, build, read_components
 from trainer.objective import Objective, ObjectiveConfig
 from trainer.units import lattice_places
 from workflow.codec import decode
-from workflow.components import principal_axes, sample_spots, write_components
+from workflow.components import components, write_components
 from workflow.expression import log_normalise
-from workflow.grid import make_grid
-from workflow.moments import moments
+from workflow.grid import make_grid, write_grid
+from workflow.moments import moments, write_moments
 from workflow.regions import draw, encode
 from workflow.sample import Field, draw_windows
 from workflow.shards import SAMPLE_DTYPE, write_shards
@@ -60,13 +60,17 @@ def built(grids, tmp_path_factory):
         field, facts = Field(grid, gene_ids, (6, 5), 1e4), {"pitch_um": 100.0, "layout": "offset"}
         write_pack(field, facts, *packs[-1], **DRAW, codec_name="zstd")
     rows = [{"slice": name, "source": "simulated", "organism": "human", "donor": name} for name in NAMES]
-    samples = [sample_spots(grid, gene_ids, 40, target_sum=1e4, seed=0) for grid in grids.values()]
-    axes = principal_axes(samples, read_vocabulary(folder / "genes.tsv").mean, 5)
+    zarrs, moments_of = [folder / f"{name}.zarr" for name in NAMES], [folder / f"{name}.npz" for name in NAMES]
+    for grid, zarr, file in zip(grids.values(), zarrs, moments_of, strict=True):
+        write_grid(grid, zarr)
+        write_moments(file, grid.gene_ids, grid.gene_ids, moments(grid, 1e4))
+    how = {"method": "spatial", "k": 5, "spots": 40, "target_sum": 1e4, "seed": 0}
+    found = components(zarrs, read_vocabulary(folder / "genes.tsv"), **how)
     sha256 = hashlib.sha256((folder / "genes.tsv").read_bytes()).hexdigest()
-    write_components(folder / "components.safetensors", *axes, sha256)
+    write_components(folder / "components.safetensors", *found, sha256)
     write_shards(
         folder / "train", packs, folder / "genes.tsv", split="train", rows=rows, settings=SETTINGS,
-        components=folder / "components.safetensors",
+        components=folder / "components.safetensors", moments=moments_of,
     )  # fmt: skip
     return folder
 
@@ -117,13 +121,33 @@ def test_the_trainer_reads_the_windows_that_were_drawn(built, grids):
 
 def test_the_trainer_reads_the_components_that_the_pipeline_wrote(built, grids):
     reader = Shards(built / "train")
-    axes = read_components(reader.components, reader.vocabulary)
+    axes, noise = read_components(reader.components, reader.vocabulary)
     assert axes.shape == (70, 5)
     assert torch.allclose(axes.T @ axes, torch.eye(5), atol=1e-5)
+    assert (noise > 0).all()
+    knobs = {"gene_embeddings": "fixed", "axes": 5, "inputs": "slice", "positions": "distance"}
+    knobs |= {"width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2}
+    cfg = ModelConfig(n_genes=70, m=16, h=6, w=5, **knobs)
+    loading = build(cfg, reader.vocabulary, 0, reader.components).gene_loading
+    assert torch.allclose(loading.T @ (noise[:, None] * loading), torch.eye(5), atol=1e-4)
     (built / "train" / "components.safetensors").rename(built / "aside")
     with pytest.raises(DamagedShards, match="components.safetensors: found no such file"):
         Shards(built / "train")
     (built / "aside").rename(built / "train" / "components.safetensors")
+
+
+def test_the_means_that_the_pipeline_wrote_are_those_that_the_trainer_takes_of_whole_slices(built, grids, tmp_path):
+    """In training a window is centred by the first, when embedding by the second."""
+    reader = Shards(built / "train")
+    about = {"genes_sha256": reader.vocabulary.sha256, "target_sum": 1e4, "codec_name": "lz4", "simulated": True}
+    for i, (name, grid) in enumerate(grids.items()):
+        (tmp_path / f"{name}.tar").write_bytes(whole_slice(grid, reader.vocabulary.gene_ids, **about))
+        whole = embed.WholeSlice.read(tmp_path / f"{name}.tar")
+        at = np.arange(len(whole.genes))
+        expected = np.zeros(70)
+        expected[whole.genes] = embed.gene_means(whole, at, np.flatnonzero(whole.totals > 0), 1e4)
+        assert (expected == 0).sum() >= 10  # not measured
+        np.testing.assert_allclose(reader.means[i], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "layout"), [("staggered", "offset"), ("staggered", "rank"), ("square", "rank")])

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tests.trainer import corpus
-from tests.trainer.conftest import SMALL
+from tests.trainer.conftest import FIXED, SMALL
 from trainer import inpaint, pretrain
 from trainer.expression import expected_log_normalised
 from trainer.model import load
@@ -20,6 +20,8 @@ VARIANTS = {
     "patch": "--mask-sites 0.2",
     "patch, relative": "--positions relative",
     "patch, likelihood": "--likelihood nb",
+    "patch, distance": "--positions distance --mask-sites 0.2",
+    "patch, fixed": " ".join(FIXED) + " --mask-ratio 0 --mask-genes 0.4 --mask-sites 0.2",
     "spot": "--unit spot",
     "spot, likelihood": "--unit spot --likelihood nb",
     "multispot": "--unit multispot --neighbours 6",
@@ -38,7 +40,7 @@ def whole(tmp_path_factory, tissue_slice, genes_tsv):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, shards):
+def folders(tmp_path_factory, fixed_shards):
     """Model folders of every unit after a few steps, made when asked for."""
     made = {}
 
@@ -47,7 +49,7 @@ def folders(tmp_path_factory, shards):
             made[name] = tmp_path_factory.mktemp("model") / "model"
             flags = [*"--inputs centred --steps 12 --lr 3e-3".split(), *VARIANTS[name].split()]
             with torch.enable_grad():  # the test that asks may have switched it off
-                pretrain.main(["--shards", str(shards / "train"), "--out", str(made[name]), *SMALL, *flags])
+                pretrain.main(["--shards", str(fixed_shards / "train"), "--out", str(made[name]), *SMALL, *flags])
         return made[name]
 
     return make
@@ -117,7 +119,10 @@ def prediction(model, features, depth: float = 1.0) -> np.ndarray:
 def test_only_visible_cells_of_the_window_tell_anything(
     folders, tissue_slice, whole, regions, genes_tsv, tmp_path, name
 ):
-    """Other counts and totals wherever no region's window has a visible cell: the same bytes. Visible ones: others."""
+    """Other counts and totals wherever a region's window has no visible cell: the same bytes. Visible ones: others.
+
+    Of inputs about the slice's mean all cells but the hidden ones tell something: other hidden ones, the same bytes.
+    """
     counts, totals, cell = tissue_slice
     folder = folders(name)
     y, content = run(folder, whole, regions, tmp_path / "a.safetensors")
@@ -126,11 +131,12 @@ def test_only_visible_cells_of_the_window_tell_anything(
     assert y.dtype == np.float32
     assert np.isfinite(y).all()
     ends = np.cumsum([0, *map(len, hidden)])
-    blind = name.startswith("spot")
+    blind, about_mean = name.startswith("spot"), name == "patch, fixed"
     for i in range(3):
         of = slice(ends[i], ends[i + 1])
+        dark = np.isin(np.arange(H * W), hidden[i]) if about_mean else ~np.isin(np.arange(H * W), visible[i])
         for touched, moves in (
-            (~np.isin(np.arange(H * W), visible[i]), False),
+            (dark, False),
             (np.isin(np.arange(H * W), visible[i]), True),
         ):
             other, other_totals = counts.reshape(60, -1).copy(), totals.ravel().copy()
@@ -155,7 +161,7 @@ def test_the_batch_size_changes_rounding_at_most(folders, whole, regions, tmp_pa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["patch", "patch, relative", "patch, likelihood"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("patch")])
 def test_a_patch_is_the_mean_over_tiles_weighed_by_what_they_see(folders, tissue_slice, whole, regions, tmp_path, name):
     """Against a plain transcription: tiles of 6 x 5, two apart (the last flush), padded where the window is smaller."""
     folder, (_, totals, _) = folders(name), tissue_slice
@@ -163,9 +169,13 @@ def test_a_patch_is_the_mean_over_tiles_weighed_by_what_they_see(folders, tissue
     values, genes = torch.from_numpy(values_of(tissue_slice)).float(), torch.from_numpy(GENES)[None]
     y = run(folder, whole, regions, tmp_path / "x")[0]
     region, hidden, visible = cut(totals)
-    expected = []
+    rows, cols = np.divmod(np.arange(H * W), W)
+    lattice = torch.from_numpy(np.column_stack([rows * np.sqrt(3) / 2, (2 * cols + rows % 2) / 2]))  # layout offset
+    by_distance, expected = "distance" in config["model"]["positions"], []
     for (window, _, _, top, left), cells, seen in zip(region, hidden, visible, strict=True):
-        depth = totals.ravel()[seen].mean() / 1e4
+        depth, centre = totals.ravel()[seen].mean() / 1e4, torch.zeros(27)
+        if name == "patch, fixed":
+            centre = values[(totals.ravel() > 0) & ~np.isin(np.arange(H * W), cells)].mean(0)
         sums, shares = np.zeros((H * W, 27)), np.zeros((H * W, 1))
         for i in {9: (0, 2, 3), 5: (0,), 8: (0, 2)}[window]:
             for j in {9: (0, 2, 4), 5: (0,), 8: (0, 2, 3)}[window]:
@@ -177,12 +187,13 @@ def test_a_patch_is_the_mean_over_tiles_weighed_by_what_they_see(folders, tissue
                         at[s] = (top + r) * W + left + c
                         state[s] = 2 * (at[s] in cells) + (at[s] in seen)
                     if state[s] == 1:
-                        shown[0, s] = values[at[s]]
+                        shown[0, s] = values[at[s]] - centre
                 known, gone = torch.from_numpy(state == 1)[None], torch.from_numpy(state == 2)[None]
-                attended = known | gone if config["objective"]["mask_sites"] else known
-                features = model.encode(shown, genes, attended, gone[:, :, None].expand(1, 30, 27))
-                scores = model.decode(features, genes, attended)
-                predicted = model.predict(scores, genes, torch.full((1, 30), depth))[0].numpy()
+                attended = known | gone if config["objective"]["mask_sites"] and not by_distance else known
+                where = lattice[at][None]
+                features = model.encode(shown, genes, attended, gone[:, :, None].expand(1, 30, 27), where)
+                scores = model.decode(features, genes, attended, where)
+                predicted = (model.predict(scores, genes, torch.full((1, 30), depth))[0] + centre).numpy()
                 share = 1 + (state == 1).sum()
                 sums[at[state == 2]] += share * predicted[state == 2]
                 shares[at[state == 2]] += share
@@ -263,13 +274,27 @@ def test_before_its_first_step_a_model_predicts_the_corpus_mean(folders, whole, 
     np.testing.assert_allclose(y, np.broadcast_to(np.array(mean)[GENES], y.shape), atol=1e-6)
 
 
+def test_before_its_first_step_a_model_about_the_slices_mean_predicts_that_of_the_cells_not_hidden(
+    folders, tissue_slice, whole, regions, tmp_path
+):
+    y = run(folders("patch, fixed"), whole, regions, tmp_path / "x", "--untrained")[0]
+    values, expected = values_of(tissue_slice), []
+    for cells in cut(tissue_slice[1])[1]:
+        others = np.setdiff1d(np.flatnonzero(tissue_slice[1].ravel() > 0), cells)
+        expected.append(np.broadcast_to(values[others].mean(0), (len(cells), 27)))
+    np.testing.assert_allclose(y, np.concatenate(expected), rtol=2e-6)
+    assert len({row.tobytes() for row in y}) == 3
+
+
+@pytest.mark.parametrize("variant", ["patch", "patch, fixed"])
 def test_a_model_that_learnt_from_hidden_sites_tells_more_than_the_mean(
-    shards, tissue_slice, whole, regions, tmp_path_factory
+    fixed_shards, tissue_slice, whole, regions, tmp_path_factory, variant
 ):
     """The planted factors are smooth, so that what lies around a small region says something of it."""
     folder = tmp_path_factory.mktemp("learnt") / "model"
-    flags = "--inputs centred --mask-sites 0.4 --steps 100 --lr 5e-3 --optimizer adamw".split()
-    pretrain.main(["--shards", str(shards / "train"), "--out", str(folder), *SMALL, *flags])
+    flags = [*"--inputs centred".split(), *VARIANTS[variant].split()]
+    flags += "--mask-sites 0.4 --steps 100 --lr 5e-3 --optimizer adamw".split()
+    pretrain.main(["--shards", str(fixed_shards / "train"), "--out", str(folder), *SMALL, *flags])
     y, mean = (run(folder, whole, regions, folder / "x", *flags)[0] for flags in ([], ["--untrained"]))
     truth = values_of(tissue_slice)[np.concatenate(cut(tissue_slice[1])[1])]
     assert ((y - truth) ** 2).mean() < 0.9 * ((mean - truth) ** 2).mean()

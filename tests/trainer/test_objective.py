@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -191,6 +192,17 @@ def test_the_objective_compiles_to_one_graph_for_all_epochs(variant, batch):
         assert torch.equal(compiled(some), objective(some))
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+def test_a_step_needs_no_number_from_the_device_and_nothing_on_another(objective, batch, monkeypatch):
+    """On tensors without content: what would be made on the CPU or read back fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows real devices alone
+    tensors = {f.name: getattr(batch, f.name).to("meta") for f in dataclasses.fields(Batch) if f.name != "epoch"}
+    objective = objective.to("meta")
+    loss = objective(Batch(**tensors, epoch=batch.epoch))
+    loss[0].backward()
+    assert (loss.device.type, loss.shape, loss.dtype) == ("meta", (2,), torch.float32)
+    assert all(weight.grad.device.type == "meta" for weight in objective.parameters())
 
 
 @pytest.mark.parametrize("variant", ["patch", "relative positions"])

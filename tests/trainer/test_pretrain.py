@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import ROOT
 from tests.trainer import corpus
-from tests.trainer.conftest import SMALL
+from tests.trainer.conftest import FIXED, SMALL
 from trainer import budget, config, pretrain
 from trainer.data import Batch, Shards, Vocabulary
 from trainer.errors import ConfigError, DamagedFile
@@ -85,7 +85,26 @@ def test_the_card_says_simulated_and_gives_both_figures(model_folder):
     assert "| train0 | simulated | human | d0 | offset | 100 um | 40 | training |" in card
     assert "| val0 | simulated | human | d0 | offset | 100 um | 40 | held out |" in card
     assert "may be among" not in card
+    assert "; 30% of its (spot, gene) entries are hidden" in card
+    assert "model.encode(values, genes, observed)  # [B, S, m], [B, m], [B, S] -> [B, S, width]" in card
     assert "{" not in card
+
+
+def test_the_card_of_a_model_about_the_slices_mean_says_what_it_was_compared_with_and_what_it_takes(
+    fixed_shards, tmp_path
+):
+    flags = [*FIXED, *"--mask-ratio 0 --mask-genes 0.4 --mask-sites 0.2 --steps 60 --lr 3e-3 --optimizer adamw".split()]
+    pretrain_in(tmp_path, fixed_shards, *flags)
+    card, (first, *_, last) = (tmp_path / "README.md").read_text(), lines(tmp_path, "val")
+    assert first["masked_mse"] == pytest.approx(first["gene_mean_mse"], rel=1e-6)
+    assert last["masked_mse"] < 0.9 * last["gene_mean_mse"]
+    assert "; 40% of its genes at every spot and 20% of its spots whole are hidden and predicted from the" in card
+    assert f"| each gene's mean in its slice | {last['gene_mean_mse']:.5f} |" in card
+    assert "log1p(count * 10000 / total), less the gene's mean in its slice." in card
+    assert "model.encode(values, genes, observed, None, places)" in card
+    assert (tmp_path / "components.safetensors").read_bytes() == (
+        fixed_shards / "train/components.safetensors"
+    ).read_bytes()
 
 
 def test_the_card_says_of_how_many_windows_the_figures_are(shards, tmp_path):

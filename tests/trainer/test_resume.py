@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.trainer import corpus
+from tests.trainer.conftest import FIXED
 from tests.trainer.processes import Job
 from trainer import pretrain, snapshots
 from trainer.errors import DamagedSnapshot
@@ -21,6 +24,11 @@ from trainer.snapshots import Snapshots
 TINY = "--width 16 --depth 1 --heads 2 --feed-forward 16 --decoder-width 8 --decoder-depth 1 --decoder-heads 2".split()
 FLAGS = "--device cpu --steps 12 --batch-size 48 --lr 1e-3 --val-every 6 --log-every 5".split()
 # 160 windows make epochs of 4 steps, the last of 16 windows.
+VARIANTS = {
+    "plain": [],
+    "by components": [*FIXED, *"--mask-ratio 0 --mask-genes 0.4 --mask-sites 0.2".split()],
+    "fixed, streamed": [*FIXED, *"--mask-genes 0.2 --reader webdataset".split()],
+}
 
 
 def pretrain_in(out, shards, *flags):
@@ -35,8 +43,22 @@ def metrics(out, *leave_out):
 
 
 @pytest.fixture(scope="module")
+def wholes(fixed_shards, tmp_path_factory):
+    """Runs that nobody interrupted, of each variant, made when asked for."""
+    made = {}
+
+    def make(variant: str):
+        if variant not in made:
+            made[variant] = tmp_path_factory.mktemp("whole")
+            pretrain_in(made[variant], fixed_shards, *VARIANTS[variant])
+        return made[variant]
+
+    return make
+
+
+@pytest.fixture(scope="module")
 def whole(shards, tmp_path_factory):
-    """The run that nobody interrupted."""
+    """The plain run that nobody interrupted, on shards without components and means."""
     out = tmp_path_factory.mktemp("whole")
     pretrain_in(out, shards)
     return out
@@ -70,20 +92,38 @@ def stop_after(out, shards, signal_at, step, number=signal.SIGTERM, flags=()):
     assert Snapshots(out / "snapshots", 1).steps()[-1] == step
 
 
+STOPS = {
+    "first step": [1], "mid-epoch": [2], "before an epoch's last batch": [3], "epoch boundary": [4], "after it": [5],
+    "validation": [6], "last but one": [11], "twice in a row": [3, 4], "three in a row": [1, 2, 3], "two boundaries": [4, 8],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "stops",
-    [[1], [2], [3], [4], [5], [6], [11], [3, 4], [1, 2, 3], [4, 8]],
-    ids=["first step", "mid-epoch", "before an epoch's last batch", "epoch boundary", "after it", "validation", "last but one",
-         "twice in a row", "three in a row", "two boundaries"],
-)  # fmt: skip
-def test_a_run_stopped_by_a_signal_ends_at_the_same_bytes_and_lines(whole, shards, tmp_path, signal_at, stops):
+    ("variant", "stops"),
+    [*(("plain", stops) for stops in STOPS.values()), ("by components", [3, 4]), ("fixed, streamed", [5])],
+    ids=[*STOPS, "by components", "fixed, streamed"],
+)
+def test_a_run_stopped_by_a_signal_ends_at_the_same_bytes_and_lines(
+    wholes, fixed_shards, tmp_path, signal_at, variant, stops
+):
+    whole, flags = wholes(variant), VARIANTS[variant]
     for step in stops:
-        stop_after(tmp_path, shards, signal_at, step)
-    pretrain_in(tmp_path, shards)
+        stop_after(tmp_path, fixed_shards, signal_at, step, flags=flags)
+    pretrain_in(tmp_path, fixed_shards, *flags)
     assert sha256(tmp_path / "model.safetensors") == sha256(whole / "model.safetensors")
     assert metrics(tmp_path) == metrics(whole)
     assert [entry["step"] for entry in json.loads((tmp_path / "config.json").read_text())["run"]["resumed"]] == stops
     assert not (tmp_path / "snapshots").exists()
+
+
+def test_means_of_other_slices_than_the_snapshots_are_refused(fixed_shards, tmp_path, signal_at):
+    flags = VARIANTS["by components"]
+    stop_after(tmp_path / "out", fixed_shards, signal_at, 3, flags=flags)
+    other = shutil.copytree(fixed_shards, tmp_path / "shards")
+    means = load_file(other / "train/means.safetensors")["means"]
+    corpus.add_part(other / "train", "means", {"means": means + 1})
+    with pytest.raises(SystemExit, match="means"):
+        pretrain_in(tmp_path / "out", other, *flags)
 
 
 def test_a_run_interrupted_before_its_first_step_starts_over(whole, shards, tmp_path, monkeypatch):

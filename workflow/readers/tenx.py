@@ -204,7 +204,8 @@ def read_h5(slice: str, paths: tuple[Path, ...]) -> tuple[sparse.csr_matrix, np.
         # The file holds features x barcodes by column, which read by row is barcodes x features.
         values = group["data"][:]
         if values.dtype.kind not in "iuf" or values.dtype.itemsize > 8 or values.dtype == np.float16:
-            raise ValueError(f"counts of type {values.dtype}")  # which a damaged header may announce, and scipy can't slice
+            # A damaged header may announce these, and scipy can't slice them.
+            raise ValueError(f"counts of type {values.dtype}")
         values = values.astype(values.dtype.newbyteorder("="), copy=False)
         parts = (values, group["indices"][:].astype(np.int64), group["indptr"][:].astype(np.int64))
         counts = sparse.csr_matrix(parts, shape=shape[::-1])
