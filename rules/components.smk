@@ -19,8 +19,8 @@ rule components:
         "../envs/data.yaml"
     threads: 1
     resources:
-        # The sample is bounded whatever the number of slices, and one grid is in memory at a time.
-        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        # One grid is in memory at a time; of every slice its axes stay (5 MB, three times while they are put together).
+        mem_mb=lambda wildcards, input, attempt: (4000 + 15 * len(input.grids)) * attempt,
     params:
         method=config["component_method"],
         k=config["components"],

@@ -17,7 +17,9 @@ def outstanding(names):
         results=config["results"],
         windowed={row["slice"] for row in ROLES if row["split"] in ("train", "val")},
         windows_per_slice=config["windows_per_slice"],
-        values_per_window=config["genes"] * config["window"][0] * config["window"][1],
+        max_coverage=config["max_coverage"],
+        window=config["window"],
+        genes=config["genes"],
     )
 
 

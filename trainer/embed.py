@@ -167,8 +167,8 @@ def embed(
             np.s_[i : i + cfg.h, j : j + cfg.w] for i in origins(H, cfg.h, stride) for j in origins(W, cfg.w, stride)
         ]
         windows = [window for window in windows if has_spot[window].any()]
-        places = np.pad(lattice(whole).numpy().reshape(H, W, 2), [*pad, (0, 0)])  # of padding any: it is never a key
-        places = torch.from_numpy(places)
+        if model.needs_places:  # of padding any: it is never a key
+            places = torch.from_numpy(np.pad(lattice(whole).numpy().reshape(H, W, 2), [*pad, (0, 0)]))
         features = torch.zeros(*totals.shape, cfg.width, dtype=torch.float64)  # summed on the CPU, in a fixed order
         covered = torch.zeros(*totals.shape, 1, dtype=torch.float64)
         for begin in range(0, len(windows), step):

@@ -125,7 +125,7 @@ def features(
 ) -> Tensor:
     """Features [B, S, d] of all sites, those of the hidden ones from the visible ones alone.
 
-    ``values`` float [B, S, m], 0 where not visible; ``visible``, ``hidden``, ``attended`` bool [B, S]; ``places`` float64
+    ``values`` float [B, S, m], of no meaning where not visible; ``visible``, ``hidden``, ``attended`` bool [B, S]; ``places`` float64
     [B, S, 2] for the units multispot and slice, and for positions by distance.
     """
     cfg, masked = model.cfg, hidden[:, :, None].expand(values.shape)

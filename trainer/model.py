@@ -238,7 +238,8 @@ class MaskedAutoencoder(nn.Module):
         """How far sites lie apart, in pitches, [B, 1, S, S]; None for positions of another kind."""
         if self.cfg.positions != "distance":
             return None
-        return torch.cdist(places.float(), places.float())[:, None]
+        places = (places - places[:, :1]).float()  # no more digits than a window needs
+        return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")[:, None]
 
     def surround(self, x: Tensor, features: Tensor, observed: Tensor, places: Tensor | None) -> Tensor:
         """Eq. 2, 3, 4: features of sites by themselves, ``x`` what they show -> features of sites among others."""
@@ -346,9 +347,9 @@ def build(cfg: ModelConfig, vocabulary: Vocabulary, seed: int, components: Path 
             return model
         model.gene_bias.weight[:, 0] = mean if cfg.targets == "plain" and cfg.inputs != "slice" else 0.0
         if cfg.gene_embeddings == "components":
-            axes = read_components(components, vocabulary)[0][
+            axes = read_components(components, vocabulary)["components"][
                 :, : cfg.width
-            ]  # columns, then rows, of about unit length
+            ]  # rows of about unit length, scaled
             model.gene_embedding.weight[:, : axes.shape[1]] = axes * (len(axes) / cfg.width) ** 0.5
     return model
 
@@ -360,7 +361,7 @@ def fixed_loadings(file: Path | None, vocabulary: Vocabulary, k: int) -> Tensor:
     of it is counting noise): so each score has a variance of 1 and none goes with another. The symmetric root leaves every
     component where it was, as nearly as can be.
     """
-    axes, noise = (part.double() for part in read_components(file, vocabulary))
+    axes, noise = (part.double() for part in read_components(file, vocabulary, noise=True).values())
     if axes.shape[1] < k:
         next_step = f"choose --axes {axes.shape[1]}, or build the shards with more `components`"
         raise ConfigError(file, f"{axes.shape[1]} components", f"--axes of them, {k}", next_step)
@@ -369,23 +370,21 @@ def fixed_loadings(file: Path | None, vocabulary: Vocabulary, k: int) -> Tensor:
     return (axes @ (turn * size.clamp(min=1e-6 * size.max()).rsqrt() @ turn.T)).float()
 
 
-def read_components(file: Path | None, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-    """The corpus' components, float32 [n_genes, k], and each gene's noise, [n_genes] (docs/format.md, components)."""
+def read_components(file: Path | None, vocabulary: Vocabulary, noise: bool = False) -> dict[str, Tensor]:
+    """The corpus' ``components`` float32 [n_genes, k] and, where asked for, each gene's ``noise`` [n_genes] (docs/format.md)."""
     next_step = "build the shards again with `components` above 0, or choose --gene-embeddings random"
     if file is None or not file.is_file():
         expected = "those that gene embeddings are to be"
         raise ConfigError(file or "shards", "no components.safetensors", expected, next_step)
     try:
         with safetensors.safe_open(file, "pt") as opened:
-            axes, noise, made_for = (
-                *map(opened.get_tensor, ("components", "noise")),
-                opened.metadata()["genes_sha256"],
-            )
+            tensors = {name: opened.get_tensor(name) for name in ("components", *("noise",) * noise)}
+            made_for = opened.metadata()["genes_sha256"]
     except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise ConfigError(file, " ".join(str(error).split()), "components of the corpus", next_step) from error
     if made_for != vocabulary.sha256:
         raise VocabularyMismatch(file, f"components of genes.tsv {made_for}", vocabulary.sha256, next_step)
-    return axes, noise
+    return tensors
 
 
 def load(folder: str | Path, untrained: bool = False) -> tuple[MaskedAutoencoder, dict, Vocabulary]:

@@ -102,7 +102,8 @@ class Objective(nn.Module):
         features = model.look_around(model.show(shown), keys, places)
         y = model.summarise(features, keys, places).to(gram.dtype)  # autocast: the loss is taken in float32
         wanted = torch.where(blank, whole, whole - seen)
-        curved = torch.where(blank, y @ gram, y @ (gram - gram_seen))
+        with torch.autocast(totals.device.type, enabled=False):
+            curved = torch.where(blank, y @ gram, y @ (gram - gram_seen))
         reference = torch.where(blank[:, :, 0], squares[..., 1], squares[..., 0])  # [B, S]
         errors = reference + (y * (curved - 2 * wanted)).sum(2)
         n = torch.where(blank[:, :, 0], genes.shape[1], gone.sum(1)) * observed

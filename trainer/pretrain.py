@@ -353,12 +353,13 @@ def write_model(
     weights = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
     if not all(np.isfinite(weight).all() for weight in weights.values()):  # the last step may have made them so
         raise NonFiniteLoss(out, f"weights that are not finite after step {state['step']}", "finite numbers")
+    n_weights = sum(weight.numel() for weight in model.parameters())
     write_whole(out / "config.json", (json.dumps(facts, indent=2, allow_nan=False) + "\n").encode())
     write_whole(out / "genes.tsv", (shards.folder / shards.index["genes"]["file"]).read_bytes())
     if model.cfg.gene_embeddings != "random":
         write_whole(out / "components.safetensors", shards.components.read_bytes())
     write_whole(out / "curve.svg", curve(progress.lines(), shards.index["simulated"]))
-    write_whole(out / "README.md", model_card(facts, progress.scores, sum(w.size for w in weights.values())).encode())
+    write_whole(out / "README.md", model_card(facts, progress.scores, n_weights).encode())
     best = state["best"]
     if at_most(best, progress.scores) and (content := snapshots.read(best["step"])):
         progress.say(f"held-out error was lowest at step {best['step']}: best.safetensors")

@@ -33,6 +33,8 @@ FORMAT_VERSION = 1
 AXES_OF_SLICE = 16  # spatial ones; more only where a few slices must give all components
 LEAST_VARIANCE = 1e-3  # of a gene hardly ever seen: its few values must not become loud
 ADJACENT = 1.05  # pitches
+SPOTS_PER_BLOCK = 512  # bounds the dense float64 values in memory
+NEGLIGIBLE = 1e-6  # of the greatest singular value: rounding, which no two machines share
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,17 @@ def expression(grid: Grid, vocabulary: list[str], cells: np.ndarray, target_sum:
     index = {gene: i for i, gene in enumerate(vocabulary)}
     in_vocabulary = np.array([index.get(gene, -1) for gene in grid.gene_ids])
     columns = np.flatnonzero(in_vocabulary >= 0)
-    counts = grid.counts.reshape(-1, len(grid.gene_ids))[cells][:, columns]
-    values = log_normalise(counts, grid.total_counts.ravel()[cells, None], target_sum)
+    counts, totals = grid.counts.reshape(-1, len(grid.gene_ids)), grid.total_counts.ravel()
     measured = np.zeros(len(vocabulary), dtype=bool)
     measured[in_vocabulary[columns]] = True
-    rows, at = values.nonzero()
-    where = (rows, in_vocabulary[columns[at]])
-    return Sample(sp.csr_matrix((values[rows, at], where), shape=(len(cells), len(vocabulary))), measured)
+    blocks = [sp.csr_matrix((0, len(vocabulary)))]
+    for begin in range(0, len(cells), SPOTS_PER_BLOCK):
+        here = cells[begin : begin + SPOTS_PER_BLOCK]
+        values = log_normalise(counts[here][:, columns], totals[here, None], target_sum)
+        rows, at = values.nonzero()
+        where = (rows, in_vocabulary[columns[at]])
+        blocks.append(sp.csr_matrix((values[rows, at], where), shape=(len(here), len(vocabulary))))
+    return Sample(sp.vstack(blocks, format="csr"), measured)
 
 
 def counted_cells(grid: Grid) -> np.ndarray:
@@ -179,8 +185,8 @@ def merge_axes(slices: list[tuple[np.ndarray, np.ndarray, int]], V: int, k: int)
         return np.zeros((V, 0), dtype=np.float32), np.zeros(0, dtype=np.float32)
     with threadpool_limits(limits=1):
         axes, scale, _ = svds(columns, k=k, v0=np.ones(min(columns.shape)), solver="arpack")
-    order = np.argsort(-scale, kind="stable")
-    return upright(axes[:, order]), (scale[order] ** 2 / (columns**2).sum()).astype(np.float32)
+    order = [i for i in np.argsort(-scale, kind="stable") if scale[i] > NEGLIGIBLE * scale.max()]
+    return upright(axes[:, order]), (scale[order] ** 2 / np.vdot(columns, columns)).astype(np.float32)
 
 
 def write_components(

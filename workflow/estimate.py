@@ -91,7 +91,9 @@ def estimate(
     results: str,
     windowed: Collection[str],
     windows_per_slice: int,
-    values_per_window: int,
+    max_coverage: float,
+    window: tuple[int, int],
+    genes: int,
     root: Path = Path(),
 ) -> Estimate:
     """What a run would still have to do for these slices.
@@ -104,8 +106,8 @@ def estimate(
         The config's prefix of all outputs.
     windowed
         Names of the slices that windows are drawn from.
-    windows_per_slice, values_per_window
-        Of the config; values are genes x height x width.
+    windows_per_slice, max_coverage, window, genes
+        Of the config.
     root
         The working directory.
     """
@@ -136,9 +138,19 @@ def estimate(
         disk_bytes += spots * ((not curated) * CURATED + (not gridded) * GRID)
         seconds += JOBS * JOB_SECONDS + (not gridded) * spots * SPOT_SECONDS
         if not built and name in windowed:  # twice: each slice's pack, and the tars that it is copied into
-            disk_bytes += 2 * PACKED_WINDOW * windows_per_slice * values_per_window
-            seconds += windows_per_slice * WINDOW_SECONDS
+            n_windows = windows_of(windows_per_slice, max_coverage, spots, window)
+            disk_bytes += 2 * PACKED_WINDOW * n_windows * genes * window[0] * window[1]
+            seconds += n_windows * WINDOW_SECONDS
     return Estimate(n, simulated, downloads, guessed, download_bytes, disk_bytes, seconds)
+
+
+def windows_of(most: int, max_coverage: float, spots: int, window: tuple[int, int]) -> int:
+    """Windows to draw of a slice: at most `most`, and so few (but one) that a spot lies in `max_coverage` of them on average.
+
+    Without that a legacy section of 300 spots has as many windows as a Visium one of 4,000, and is learned by heart. 0: no limit.
+    """
+    cap = round(max_coverage * spots / (window[0] * window[1])) if max_coverage else most
+    return max(1, min(most, cap))
 
 
 def deposited_bytes(row: dict[str, str], spots: int) -> tuple[float, bool]:

@@ -7,7 +7,8 @@ import numpy as np
 
 from workflow import tar
 from workflow.codec import codec, encode_counts, encode_facts, encode_sites
-from workflow.grid import Grid, plain, read_grid
+from workflow.estimate import windows_of
+from workflow.grid import plain, read_grid
 from workflow.sample import Field, draw_windows
 from workflow.stats import read_vocabulary
 
@@ -24,16 +25,6 @@ PACK_DTYPE = np.dtype(
         ("json_nbytes", "<u4"),
     ]
 )
-
-
-def n_windows(most: int, max_coverage: float, grid: Grid, window: tuple[int, int]) -> int:
-    """Windows to draw of a slice: at most `most`, and so few (but one) that a spot lies in `max_coverage` of them on average.
-
-    Without that a legacy section of 300 spots has as many windows as a Visium one of 4,000, and is learned by heart. 0: no limit.
-    """
-    height, width = window
-    cap = round(max_coverage * int(grid.mask.sum()) / (height * width)) if max_coverage else most
-    return max(1, min(most, cap))
 
 
 def write_pack(
@@ -113,7 +104,7 @@ if __name__ == "__main__":
         {"pitch_um": plain(grid.pitch_um), "layout": grid.layout},
         snakemake.output.pack,
         snakemake.output.index,
-        n=n_windows(params.windows_per_slice, params.max_coverage, grid, params.window),
+        n=windows_of(params.windows_per_slice, params.max_coverage, int(grid.mask.sum()), params.window),
         m=params.genes,
         selection=params.selection,
         epsilon=params.epsilon,

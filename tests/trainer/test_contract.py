@@ -121,7 +121,7 @@ def test_the_trainer_reads_the_windows_that_were_drawn(built, grids):
 
 def test_the_trainer_reads_the_components_that_the_pipeline_wrote(built, grids):
     reader = Shards(built / "train")
-    axes, noise = read_components(reader.components, reader.vocabulary)
+    axes, noise = read_components(reader.components, reader.vocabulary, noise=True).values()
     assert axes.shape == (70, 5)
     assert torch.allclose(axes.T @ axes, torch.eye(5), atol=1e-5)
     assert (noise > 0).all()

@@ -19,7 +19,8 @@ def row(name: str, **columns: str) -> dict[str, str]:
 
 
 def of(rows, root, **changes):
-    options = {"results": "results", "windowed": {"a"}, "windows_per_slice": 10, "values_per_window": 1000}
+    options = {"results": "results", "windowed": {"a"}, "windows_per_slice": 10, "max_coverage": 0}
+    options |= {"window": (10, 10), "genes": 10}
     return estimate(rows, **options | changes, root=root)
 
 
@@ -98,3 +99,8 @@ def test_a_disk_is_too_small_from_the_first_byte_that_is_lacking(tmp_path):
 def test_cores_are_those_told_as_far_as_the_machine_has_them(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     assert [cores_of(*told) for told in ((2, None), (64, None), (None, None), (None, 50))] == [2, 4, 4, 50]
+
+
+def test_windows_that_coverage_leaves_out_need_no_disk(tmp_path):
+    at_most, covered = of([row("a")], tmp_path), of([row("a")], tmp_path, max_coverage=0.5)
+    assert at_most.disk_bytes - covered.disk_bytes == pytest.approx(2 * PACKED_WINDOW * (10 - 5) * 1000)

@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 from workflow import tar
 from workflow.codec import codec, decode, encode_counts
 from workflow.errors import TooFewGenes
+from workflow.estimate import windows_of
 from workflow.grid import make_grid
 from workflow.moments import moments, write_moments
 from workflow.sample import Field, draw_windows
@@ -21,7 +22,7 @@ from workflow.shards import SAMPLE_DTYPE, canonical_sha256, slice_means, write_s
 from workflow.simulate import tiny_slice
 from workflow.stats import merge_moments, write_vocabulary
 from workflow.whole import whole_slice
-from workflow.windows import n_windows, write_pack
+from workflow.windows import write_pack
 
 NAMES = ["a", "b", "c"]
 SETTINGS = {
@@ -176,7 +177,7 @@ def test_a_gene_that_left_the_vocabulary_is_left_out_of_the_means():
 def test_a_small_slice_gets_as_many_windows_as_cover_a_spot_so_often(grids, most, max_coverage, expected):
     grid = grids["a"]
     assert 0 < grid.mask.sum() < grid.mask.size
-    assert n_windows(most, max_coverage, grid, (6, 5)) == expected(grid.mask.sum())
+    assert windows_of(most, max_coverage, int(grid.mask.sum()), (6, 5)) == expected(grid.mask.sum())
 
 
 def test_windows_of_all_slices_are_mixed_over_several_tars(built):
