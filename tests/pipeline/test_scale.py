@@ -26,5 +26,9 @@ def test_a_thousand_slices_are_planned_and_after_admission_all_that_follows(tmp_
     jobs = planned_jobs(snakemake("--dry-run", "--rerun-triggers", "mtime", *CONFIG, "data", directory=tmp_path).stdout)
     assert time.monotonic() - start < 300  # some 6 s on a free core
     assert not {"simulate", "curate", "admit"} & set(jobs)
-    assert (jobs["grid"], jobs["windows"], jobs["moments"]) == (1000, 1000, 1000)  # the validating ones need their means
+    assert (jobs["grid"], jobs["windows"], jobs["moments"]) == (
+        1000,
+        1000,
+        1000,
+    )  # the validating ones need their means
     assert (jobs["stats"], jobs["shards"]) == (1, 2)
