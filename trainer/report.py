@@ -22,7 +22,7 @@ rest. The features of its encoder describe a spot{surroundings}.
 
 ## Model and training
 
-Unit `{unit}`; inputs `{inputs}`, targets `{targets}`, likelihood `{likelihood}`, gene embeddings at first `{gene_embeddings}`.
+Unit `{unit}`; inputs `{inputs}`, targets `{targets}`, likelihood `{likelihood}`, gene embeddings `{gene_embeddings}`.
 {weights:,} weights: width {width}, encoder of depth {depth} ({heads} heads, {feed_forward} hidden units), decoder of depth
 {decoder_depth} and width {decoder_width}, {n_genes:,} genes. {steps:,} steps of {batch_size} windows, {optimizer}, learning rate {lr:g} (cosine),
 weight decay {weight_decay:g}, seed {seed}. All settings: `config.json`; the course of the loss: `metrics.jsonl`.
