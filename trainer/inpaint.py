@@ -14,6 +14,10 @@ paper states no rule, it is this:
 - *Unit spot*: a hidden site sees nothing, so all get the same prediction, the model's bias.
 - *Unit multispot*: the nearest visible sites, as many as in training; the site itself, which shows nothing, is none of them.
 - *Unit slice*: the site that shows nothing, with the domain of its nearest visible site; domains are of the window's visible spots.
+- *Offset*: what the visible spots of the window hold on average beyond what the model tells of them, gene by gene, is added to the
+  hidden ones, times 1 - (sum over genes of its squared standard error) / (sum of its squares), 0 if that is negative (James and
+  Stein, 1961): a model of a few axes can't raise one gene alone where tissue or depth does. ``--no-offset`` leaves it out. The unit
+  spot has none: what it tells of a visible spot, it tells from that spot itself.
 """
 
 from __future__ import annotations
@@ -88,7 +92,9 @@ class Tile:
     cells: np.ndarray  # int64 [S]: flat cell of each site; that of the visible ones alone is ever looked up
     visible: np.ndarray  # bool [S]
     hidden: np.ndarray  # bool [S]
-    row: np.ndarray  # int64 [number of hidden]: where the region's hidden cells lie among those of all regions
+    row: (
+        np.ndarray
+    )  # int64 [number of hidden and visible]: where they lie among all regions' hidden, then visible cells
     depth: float  # mean total of the window's visible spots, over target_sum
     region: int
 
@@ -106,6 +112,7 @@ def tiles(model: MaskedAutoencoder, whole: WholeSlice, regions: Regions, target_
         state[visible], state[hidden] = 1, 2
         place = np.full(H * W, -1)
         place[hidden] = np.arange(ends[0][i] - regions.n_hidden[i], ends[0][i])
+        place[visible] = len(regions.hidden) + np.arange(ends[1][i] - regions.n_visible[i], ends[1][i])
         depth = totals[visible].mean() / target_sum if len(visible) else 1.0
         h, w = (cfg.h, cfg.w) if cfg.unit == "patch" else (window, window)
         stride = max(1, min(h, w) // 2)
@@ -116,7 +123,7 @@ def tiles(model: MaskedAutoencoder, whole: WholeSlice, regions: Regions, target_
                 cells = np.where(inside, rows * W + cols, 0).ravel()
                 seen = np.where(inside.ravel(), state[cells], 0)
                 if (seen == 2).any():
-                    found.append(Tile(cells, seen == 1, seen == 2, place[cells[seen == 2]], depth, i))
+                    found.append(Tile(cells, seen == 1, seen == 2, place[cells[seen > 0]], depth, i))
     return found
 
 
@@ -142,6 +149,14 @@ def features(
     return alone
 
 
+def offset(residual: Tensor) -> Tensor:
+    """Mean of float64 [v, m] over its rows, shrunk towards 0 by what chance would make of it; [m]. 0 of fewer than two rows."""
+    if len(residual) < 2:
+        return residual.new_zeros(residual.shape[1])
+    mean, error = residual.mean(0), residual.var(0) / len(residual)
+    return mean * (1 - error.sum() / mean.square().sum().clamp(min=1e-30)).clamp(min=0)
+
+
 @torch.no_grad()
 def inpaint(
     model: MaskedAutoencoder,
@@ -150,14 +165,14 @@ def inpaint(
     target_sum: float,
     batch_size: int,
     attend_hidden: bool = False,
+    with_offset: bool = True,
 ) -> np.ndarray:
     """Predicted normalised expression at all hidden cells, float32 [n, m], in the order of ``regions.hidden``.
 
     ``attend_hidden``: whether hidden sites are keys of the attention, as they are under ``mask_sites`` unless positions are by
-    distance. Raises DamagedShards
-    where the slice did not measure the regions' genes.
+    distance. ``with_offset``: see the top. Raises DamagedShards where the slice did not measure the regions' genes.
     """
-    device, (m, n) = model.gene_mean.device, (len(regions.genes), len(regions.hidden))
+    device, m, n = model.gene_mean.device, len(regions.genes), len(regions.hidden)
     at = np.searchsorted(whole.genes, regions.genes).clip(max=len(whole.genes) - 1)
     if (whole.genes[at] != regions.genes).any():
         raise DamagedShards(whole.name, "a slice without some of the regions' genes", f"all {m} of them")
@@ -170,7 +185,8 @@ def inpaint(
         for i, gone in enumerate(hidden_in):
             centres[i] = gene_means(whole, at, np.setdiff1d(np.flatnonzero(totals > 0), gone), target_sum)
 
-    total, weight = torch.zeros(n, m, dtype=torch.float64), torch.zeros(n, 1, dtype=torch.float64)
+    rows = n + len(regions.visible)
+    total, weight = torch.zeros(rows, m, dtype=torch.float64), torch.zeros(rows, 1, dtype=torch.float64)
     todo = tiles(model, whole, regions, target_sum)
     todo.sort(key=lambda tile: len(tile.cells))  # stable: windows of one size go together
     begin = 0
@@ -194,9 +210,21 @@ def inpaint(
         predicted = (model.predict(scores, chosen, mean) + centre).double().cpu()
         for tile, sites in zip(batch, predicted, strict=True):  # summed on the CPU, in a fixed order
             row, share = torch.from_numpy(tile.row), 1 + int(tile.visible.sum())
-            total[row] += share * sites[torch.from_numpy(tile.hidden)]
+            total[row] += share * sites[torch.from_numpy(tile.hidden | tile.visible)]
             weight[row] += share
-    return (total / weight).float().numpy()
+    told = (total / weight).split(
+        [*regions.n_hidden.tolist(), *regions.n_visible.tolist()]
+    )  # NaN where no tile has been
+    hidden, visible = told[: len(regions.region)], told[len(regions.region) :]
+    if with_offset and model.cfg.unit != "spot":
+        seen = torch.from_numpy(regions.visible).long()
+        held = torch.from_numpy(counts.astype(np.int32))[seen]
+        held = log_normalise(held, torch.from_numpy(totals)[seen].double(), target_sum).split(
+            regions.n_visible.tolist()
+        )
+        for region, values, known in zip(hidden, held, visible, strict=True):
+            region += offset((values - known)[~known.isnan().any(1)])
+    return torch.cat(hidden).float().numpy()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -208,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="windows at a time (default 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--untrained", action="store_true", help="the same model before its first step: the control")
+    parser.add_argument("--no-offset", action="store_true", help="what the model tells alone")
     args = parser.parse_args(argv)
     try:
         with room_for(args.out):
@@ -226,7 +255,9 @@ def run(args: argparse.Namespace) -> None:
     warn_if_unfamiliar(config, whole, args.shards)
     regions = Regions.read(args.regions, whole)
     attend_hidden = config["objective"]["mask_sites"] > 0 and model.cfg.positions != "distance"
-    predicted = inpaint(model, whole, regions, config["data"]["target_sum"], args.batch_size, attend_hidden)
+    predicted = inpaint(
+        model, whole, regions, config["data"]["target_sum"], args.batch_size, attend_hidden, not args.no_offset
+    )
     simulated = {name: bool(facts["simulated"]) for name, facts in (("slice", whole.facts), ("model", config["data"]))}
     metadata = {
         "format_version": str(FORMAT_VERSION), "slice": whole.name,

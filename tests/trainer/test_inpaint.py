@@ -93,6 +93,12 @@ def run(folder, whole, regions, out, *flags):
         return opened.get_tensor("Y"), out.read_bytes()
 
 
+def shrunk(residual: np.ndarray) -> np.ndarray:
+    """Mean over the rows [v, m], shrunk by chance's share of its squares."""
+    mean, chance = residual.mean(0), (residual.var(0, ddof=1) / len(residual)).sum()
+    return mean * max(0.0, 1 - chance / (mean**2).sum())
+
+
 def values_of(tissue_slice) -> np.ndarray:
     """Normalised expression [H * W, 27]."""
     counts, totals, _ = tissue_slice
@@ -167,11 +173,11 @@ def test_a_patch_is_the_mean_over_tiles_weighed_by_what_they_see(folders, tissue
     folder, (_, totals, _) = folders(name), tissue_slice
     model, config, _ = load(folder)
     values, genes = torch.from_numpy(values_of(tissue_slice)).float(), torch.from_numpy(GENES)[None]
-    y = run(folder, whole, regions, tmp_path / "x")[0]
+    y = run(folder, whole, regions, tmp_path / "x", "--no-offset")[0]
     region, hidden, visible = cut(totals)
     rows, cols = np.divmod(np.arange(H * W), W)
     lattice = torch.from_numpy(np.column_stack([rows * np.sqrt(3) / 2, (2 * cols + rows % 2) / 2]))  # layout offset
-    by_distance, expected = "distance" in config["model"]["positions"], []
+    by_distance, expected, raised = "distance" in config["model"]["positions"], [], []
     for (window, _, _, top, left), cells, seen in zip(region, hidden, visible, strict=True):
         depth, centre = totals.ravel()[seen].mean() / 1e4, torch.zeros(27)
         if name == "patch, fixed":
@@ -195,10 +201,15 @@ def test_a_patch_is_the_mean_over_tiles_weighed_by_what_they_see(folders, tissue
                 scores = model.decode(features, genes, attended, where)
                 predicted = (model.predict(scores, genes, torch.full((1, 30), depth))[0] + centre).numpy()
                 share = 1 + (state == 1).sum()
-                sums[at[state == 2]] += share * predicted[state == 2]
-                shares[at[state == 2]] += share
+                sums[at[state > 0]] += share * predicted[state > 0]
+                shares[at[state > 0]] += share
         expected.append(sums[cells] / shares[cells])
+        raised.append(shrunk(values.numpy()[seen] - sums[seen] / shares[seen]))
     np.testing.assert_allclose(y, np.concatenate(expected), atol=1e-5)
+    y = run(folder, whole, regions, tmp_path / "y")[0]
+    expected = [told + offset for told, offset in zip(expected, raised, strict=True)]
+    np.testing.assert_allclose(y, np.concatenate(expected), atol=1e-5)
+    assert sum(np.abs(offset).max() > 0.01 for offset in raised) > 1
 
 
 @torch.no_grad()
@@ -229,7 +240,7 @@ def test_a_likelihood_predicts_the_expected_log_at_the_mean_depth_of_the_visible
 
 @torch.no_grad()
 def test_a_multispot_is_the_weighted_mean_of_its_nearest_visible_sites(folders, tissue_slice, whole, regions, tmp_path):
-    y = run(folders("multispot"), whole, regions, tmp_path / "x")[0]
+    y = run(folders("multispot"), whole, regions, tmp_path / "x", "--no-offset")[0]
     model, _, _ = load(folders("multispot"))
     features = alone(model, values_of(tissue_slice), shown=True)[0]
     rows, cols = np.divmod(np.arange(H * W), W)
@@ -248,7 +259,7 @@ def test_a_multispot_is_the_weighted_mean_of_its_nearest_visible_sites(folders, 
 def test_a_site_of_the_slice_unit_takes_the_domain_of_its_nearest_visible_site(
     folders, tissue_slice, whole, regions, tmp_path
 ):
-    y = run(folders("slice"), whole, regions, tmp_path / "x")[0]
+    y = run(folders("slice"), whole, regions, tmp_path / "x", "--no-offset")[0]
     model, _, _ = load(folders("slice"))
     values = values_of(tissue_slice)
     features, blank = alone(model, values, shown=True)[0], alone(model, np.zeros((1, 27)), shown=False)[0, 0]
@@ -269,15 +280,58 @@ def test_a_site_of_the_slice_unit_takes_the_domain_of_its_nearest_visible_site(
 
 
 def test_before_its_first_step_a_model_predicts_the_corpus_mean(folders, whole, regions, genes_tsv, tmp_path):
-    y = run(folders("patch"), whole, regions, tmp_path / "x", "--untrained")[0]
+    y = run(folders("patch"), whole, regions, tmp_path / "x", "--untrained", "--no-offset")[0]
     mean = [float(line.split("\t")[5]) for line in genes_tsv.decode().splitlines()[2:]]
     np.testing.assert_allclose(y, np.broadcast_to(np.array(mean)[GENES], y.shape), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["patch", "multispot", "slice"])
+def test_what_the_visible_hold_beyond_the_corpus_mean_is_added_shrunk(
+    folders, tissue_slice, whole, regions, genes_tsv, tmp_path, name
+):
+    y = run(folders(name), whole, regions, tmp_path / "x", "--untrained")[0]
+    mean = np.array([float(line.split("\t")[5]) for line in genes_tsv.decode().splitlines()[2:]])[GENES]
+    values, expected = values_of(tissue_slice), []
+    for cells, seen in zip(*cut(tissue_slice[1])[1:], strict=True):
+        expected.append(np.broadcast_to(mean + shrunk(values[seen] - mean), (len(cells), 27)))
+    np.testing.assert_allclose(y, np.concatenate(expected), atol=1e-5)
+
+
+@torch.no_grad()
+def test_visible_cells_that_no_tile_with_a_hidden_one_covers_say_nothing_of_the_offset(
+    folders, tissue_slice, whole, genes_tsv, tmp_path
+):
+    """A window of 13 and tiles of 6 x 5, two apart: those that see the 2 x 2 hidden cells are of lines 0 to 11, columns 2 to 10."""
+    region, (hidden,), (visible,) = cut(tissue_slice[1], sizes=((13, 2, 0, 1),))
+    changes = {"region": np.array(region, np.int32)}
+    for key, cells in (("hidden", hidden), ("visible", visible)):
+        changes |= {key: cells.astype(np.int32), f"n_{key}": np.array([len(cells)], np.int32)}
+    file = write_regions(tmp_path / "r.safetensors", tissue_slice[1], genes_tsv, **changes)
+    y = run(folders("patch"), whole, file, tmp_path / "x", "--untrained")[0]
+    rows, cols = np.divmod(visible, W)
+    seen = visible[(rows <= 11) & (cols - 1 >= 2) & (cols - 1 <= 10)]
+    assert 0 < len(seen) < len(visible)
+    mean = np.array([float(line.split("\t")[5]) for line in genes_tsv.decode().splitlines()[2:]])[GENES]
+    expected = mean + shrunk(values_of(tissue_slice)[seen] - mean)
+    np.testing.assert_allclose(y, np.broadcast_to(expected, y.shape), atol=1e-5)
+
+
+def test_an_offset_that_chance_explains_is_none():
+    rng = np.random.default_rng(0)
+    noise = torch.from_numpy(rng.normal(size=(50, 4000)))
+    truth = torch.from_numpy(rng.normal(size=4000))
+    assert inpaint.offset(noise).square().mean() < 0.1 * noise.mean(0).square().mean()
+    assert (inpaint.offset(noise + truth) - truth).square().mean() < (noise.mean(0)).square().mean()  # below the mean's
+    for rows in (0, 1):
+        assert not inpaint.offset(noise[:rows] + truth).any()
+    assert not inpaint.offset(torch.zeros(5, 3)).any()
 
 
 def test_before_its_first_step_a_model_about_the_slices_mean_predicts_that_of_the_cells_not_hidden(
     folders, tissue_slice, whole, regions, tmp_path
 ):
-    y = run(folders("patch, fixed"), whole, regions, tmp_path / "x", "--untrained")[0]
+    y = run(folders("patch, fixed"), whole, regions, tmp_path / "x", "--untrained", "--no-offset")[0]
     values, expected = values_of(tissue_slice), []
     for cells in cut(tissue_slice[1])[1]:
         others = np.setdiff1d(np.flatnonzero(tissue_slice[1].ravel() > 0), cells)
@@ -295,7 +349,7 @@ def test_a_model_that_learnt_from_hidden_sites_tells_more_than_the_mean(
     flags = [*"--inputs centred".split(), *VARIANTS[variant].split()]
     flags += "--mask-sites 0.4 --steps 100 --lr 5e-3 --optimizer adamw".split()
     pretrain.main(["--shards", str(fixed_shards / "train"), "--out", str(folder), *SMALL, *flags])
-    y, mean = (run(folder, whole, regions, folder / "x", *flags)[0] for flags in ([], ["--untrained"]))
+    y, mean = (run(folder, whole, regions, folder / "x", "--no-offset", *flags)[0] for flags in ([], ["--untrained"]))
     truth = values_of(tissue_slice)[np.concatenate(cut(tissue_slice[1])[1])]
     assert ((y - truth) ** 2).mean() < 0.9 * ((mean - truth) ** 2).mean()
 
