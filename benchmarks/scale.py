@@ -44,11 +44,13 @@ TINY = {  # config of the tiny ones, over the default
     "window": [6, 6],
     "genes": 24,
     "windows_per_slice": 16,
+    "max_coverage": 0,
     "min_genes": 0,
     "components": 8,
     "component_spots": 500,
     "shard_mb": 4,
 }
+WINDOWS = {"genes": 512, "windows_per_slice": 512, "max_coverage": 0, "components": 128}  # likewise of the others
 HEADER = (
     "slice",
     "dataset",
@@ -116,7 +118,7 @@ def write_corpus(folder: Path, n: int, tiny: bool = False) -> list[str]:
             table.write("\t".join(row) + "\n")
     (folder / "evaluated.tsv").write_text("\t".join(HEADER) + "\n")
     config = {"catalogue": "slices.tsv", "downstream": "evaluated.tsv"}
-    (folder / "scale.yaml").write_text(yaml.safe_dump(config | (TINY if tiny else {})))
+    (folder / "scale.yaml").write_text(yaml.safe_dump(config | (TINY if tiny else WINDOWS)))
     if tiny:
         write_tiny(folder / "tiny", names)
     return names

@@ -29,7 +29,8 @@ rule pretrain:
         "../envs/train.yaml"
     threads: 8
     resources:
-        mem_mb=lambda wildcards, attempt: 8000 * min(attempt, 2),
+        # up to six batches are read ahead, each of 0.5 GB where 128 windows have 8,192 genes
+        mem_mb=lambda wildcards, attempt: 16000 * min(attempt, 2),
         gpu=1,
         # One rank on one machine, unless a profile says otherwise (`--set-resources pretrain:ranks=4 pretrain:gpu=4`).
         nodes=1,

@@ -20,6 +20,7 @@ CONFIG = {
     "window": [8, 8],
     "genes": 24,
     "windows_per_slice": 24,
+    "max_coverage": 0,
     "min_genes": 0,
     "components": 8,
     "component_spots": 50,

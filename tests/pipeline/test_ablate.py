@@ -21,12 +21,13 @@ pytestmark = pytest.mark.pipeline
 
 CONFIG = {
     "catalogue": "slices.tsv", "downstream": "evaluated.tsv", "window": [8, 8], "genes": 24, "windows_per_slice": 24,
-    "min_genes": 0, "components": 0, "shard_mb": 1, "min_free_gb": -1000, "allow_contamination": True,
+    "max_coverage": 0, "min_genes": 0, "components": 0, "shard_mb": 1, "min_free_gb": -1000,
+    "allow_contamination": True,
     "pretrain": {
         "config": str(ROOT / "trainer/configs/demo.yaml"), "steps": 6, "batch_size": 8, "width": 16, "depth": 1,
         "heads": 2, "feed_forward": 16, "decoder_width": 16, "val_every": 6, "val_samples": 8,
     },
-    "evaluate": {"heads": ["knn"], "protocols": ["random20", "blocks"], "splits": 2},
+    "evaluate": {"genes": 0, "heads": ["knn"], "protocols": ["random20", "blocks"], "splits": 2},
 }  # fmt: skip
 TABLE = {
     "title": "Width of the window",
