@@ -24,13 +24,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.linalg import eigh
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from workflow import probes, protocols
 from workflow.assemble import Notes, assemble, load
-from workflow.controls import Section, centre, control_features, neighbour_mean, neighbours
+from workflow.controls import Section
 from workflow.intervals import compare, seedless, split_suffix
 from workflow.score import score
 
@@ -40,8 +39,6 @@ AGAINST = ["neighbour_mean_18", "neighbour_mean_36", "untrained"]  # and the str
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "ari": "ARI"}
 N_SPLITS = 10  # of blocks
 N_DRAWS = 10  # of few labels
-N_DIRECTIONS = 12
-DIRECTIONS_OVER = 18  # neighbours whose mean a direction should keep
 ALL_GENES = 100_000  # more than any slice measured
 SEED = 0  # of splits, draws and intervals: the same for every row
 
@@ -107,34 +104,6 @@ def same_row(args: argparse.Namespace) -> None:
 
 
 # Controls and probes
-
-
-def spatial_directions(sections: list[Section], pca: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """A control without a model: of the principal components, the directions that vary smoothly in space, averaged.
-
-    With M a spot's mean over itself and 18 neighbours and R = x - M, of components x centred by section: the first 12
-    solutions of cov(M) v = w cov(R) v, scaled so that v' cov(R) v = 1, then averaged over 18 or 36 neighbours.
-
-    Parameters
-    ----------
-    pca
-        float64 [n_spots, d] a section, as by `workflow.controls.control_features`.
-
-    Returns
-    -------
-    dict
-        `spatial_directions_18`, `_36` -> float64 [n_spots, 12] a section (d, where there are fewer).
-    """
-    near = {n: [neighbours(section, n) for section in sections] for n in (18, 36)}
-    centred = [centre(x) for x in pca]
-    means = [neighbour_mean(x, of) for x, of in zip(centred, near[DIRECTIONS_OVER], strict=True)]
-    rest = np.concatenate(centred) - np.concatenate(means)
-    _, directions = eigh(np.cov(np.concatenate(means), rowvar=False), np.cov(rest, rowvar=False))
-    kept = directions[:, ::-1][:, :N_DIRECTIONS]  # the largest first
-    return {
-        f"spatial_directions_{n}": [neighbour_mean(x @ kept, of) for x, of in zip(centred, of_all, strict=True)]
-        for n, of_all in near.items()
-    }
 
 
 def few_labels(y: np.ndarray, of_section: np.ndarray, n: int, draw: int) -> Iterator[probes.Spots]:
@@ -219,15 +188,14 @@ def measure(
         Labelled spots of a class of the protocols of few labels.
     """
     notes = notes or Notes()
-    methods = embeddings | spatial_directions(sections, control_features(sections, target_sum)["pca"])
     settings = {"protocol_names": PROTOCOLS, "n_splits": N_SPLITS, "window": (16, 16), "seed": SEED}
     settings |= {"target_sum": target_sum, "threads": threads, "notes": notes, "against": AGAINST}
     # A head at a time: either side's best is then its best under this head.
-    scored = [score(DATASET, sections, methods, heads=[head], **settings) for head in HEADS]
+    scored = [score(DATASET, sections, embeddings, heads=[head], **settings) for head in HEADS]
     comparisons = pd.concat([one.comparisons for one in scored])
     few = [pd.DataFrame(columns=comparisons.columns)]
     if numbers and len(comparisons):
-        few = measure_few(sections, methods, comparisons, numbers, target_sum, notes)
+        few = measure_few(sections, embeddings, comparisons, numbers, target_sum, notes)
     scores = pd.concat([one.scores for one in scored]).drop_duplicates()
     return Row(scores, comparisons, pd.concat(few), notes.frame().drop_duplicates())
 

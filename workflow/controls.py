@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.linalg import eigh
 from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 
@@ -22,6 +23,8 @@ from workflow.reading import read_slice
 N_RAW = 512  # genes of `raw`: as many as the paper draws for a patch
 N_VARIABLE = 2000  # genes of `pca`
 N_COMPONENTS = 50
+N_DIRECTIONS, DIRECTIONS_OVER = 12, 18  # neighbours whose mean a spatial direction should keep
+NEGLIGIBLE = 1e-9  # of the mean variance of a component: what is left of it has at least as much
 RINGS = {6: 1, 18: 2, 36: 3}  # neighbours of a spot -> rings of the hexagonal lattice
 SECTION_APART = 1e4  # `coordinates_section`: section index times this, in micrometres: more than a capture area is wide
 
@@ -213,12 +216,48 @@ def standardise(features: np.ndarray) -> np.ndarray:
     return centre(features) / np.where(spread > 0, spread, 1.0)
 
 
+def spatial_directions(sections: list[Section], pca: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """The directions among principal components that vary smoothly in space, averaged: no model, no label.
+
+    With M a spot's mean over itself and 18 neighbours and R = x - M, of components x centred by section: the first 12
+    solutions of cov(M) v = w cov(R) v, scaled so that v' cov(R) v = 1 (the greatest entry of each positive), then
+    averaged over 18 or 36 neighbours.
+
+    Parameters
+    ----------
+    pca
+        float64 [n_spots, d] a section, the components.
+
+    Returns
+    -------
+    dict
+        `spatial_directions_18`, `_36` -> float64 [n_spots, 12] a section (d, where there are fewer).
+    """
+    near = {n: [neighbours(section, n) for section in sections] for n in (18, 36)}
+    centred = [centre(x) for x in pca]
+    means = [neighbour_mean(x, of) for x, of in zip(centred, near[DIRECTIONS_OVER], strict=True)]
+    left = np.concatenate(centred) - np.concatenate(means)
+    smooth, rest = (np.cov(x, rowvar=False) for x in (np.concatenate(means), left))
+    least = (
+        NEGLIGIBLE * np.concatenate(centred).var(axis=0).mean()
+    )  # lonely spots are their own means, with nothing left
+    rest += max(least, 1e-12) * np.eye(len(rest))
+    _, directions = eigh(smooth, rest)
+    kept = directions[:, ::-1][:, :N_DIRECTIONS]  # the largest first
+    kept = kept * np.sign(kept[np.abs(kept).argmax(axis=0), np.arange(kept.shape[1])])
+    return {
+        f"spatial_directions_{n}": [neighbour_mean(x @ kept, of) for x, of in zip(centred, of_all, strict=True)]
+        for n, of_all in near.items()
+    }
+
+
 def control_features(sections: list[Section], target_sum: float) -> dict[str, list[np.ndarray]]:
     """Features of every control but the majority class, one float64 [n_spots, d] a section.
 
     `coordinates`: position. `coordinates_section`: besides, the section's index times 1e4 (only where there are
     several). `raw`: normalised expression of the 512 genes that vary most. `pca`: 50 components of the 2,000 that vary
-    most. `neighbour_mean_6`, `_18`, `_36`: mean of `pca` over the spot and its neighbours.
+    most. `neighbour_mean_6`, `_18`, `_36`: mean of `pca` over the spot and its neighbours. `spatial_directions_18`,
+    `_36`: of its smoothest directions.
 
     Raises
     ------
@@ -249,4 +288,4 @@ def control_features(sections: list[Section], target_sum: float) -> dict[str, li
         features[f"neighbour_mean_{n}"] = [
             neighbour_mean(pca, neighbours(section, n)) for pca, section in zip(features["pca"], sections, strict=True)
         ]
-    return features
+    return features | spatial_directions(sections, features["pca"])

@@ -13,6 +13,7 @@ from workflow.verdicts import LOWER_IS_BETTER, TITLES, interval, judged, sides_o
 
 ORDER = ["labels", "majority", "one_domain", "coordinates", "coordinates_section", "raw", "pca"]
 ORDER += ["neighbour_mean_6", "neighbour_mean_18", "neighbour_mean_36"]
+ORDER += ["spatial_directions_18", "spatial_directions_36"]
 ORDER += ["gene_mean", "mean_16", "inverse_distance", "kriging", "kriging_pca"]
 LAST = ["untrained", "stpatch"]  # after everything that the order does not name; further models of ours at the very end
 HEADS = {"knn": "k nearest neighbours", "logistic": "logistic", "mlp": "MLP"}

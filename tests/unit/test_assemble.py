@@ -20,7 +20,8 @@ def test_the_methods_are_all_controls_and_models_with_their_variants():
     by_section = ("", "+centred", "+standardised")
     expected = ["coordinates", "coordinates_section"]
     expected += ["raw" + averaged + treated for averaged in ("", "+averaged") for treated in by_section]
-    for method in ("pca", "neighbour_mean_6", "neighbour_mean_18", "neighbour_mean_36"):
+    averaging = ["pca", *(f"neighbour_mean_{n}" for n in (6, 18, 36)), *(f"spatial_directions_{n}" for n in (18, 36))]
+    for method in averaging:
         expected += [method + treated for treated in by_section]
     for model in ("untrained", "stpatch", "stpatch_spot"):
         expected += [model + averaged + treated for averaged in ("", "+averaged") for treated in by_section]

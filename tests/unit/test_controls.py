@@ -10,7 +10,14 @@ from scipy import sparse
 
 from tests.unit.sections import full_section, tiny_section
 from workflow import controls
-from workflow.controls import control_features, hexagonal_offsets, load_section, neighbour_mean, neighbours
+from workflow.controls import (
+    control_features,
+    hexagonal_offsets,
+    load_section,
+    neighbour_mean,
+    neighbours,
+    spatial_directions,
+)
 from workflow.errors import TooFewCommonGenes
 from workflow.simulate import tiny_slice
 
@@ -85,6 +92,43 @@ def test_the_neighbour_mean_includes_the_spot_itself():
     near = rings_by_brute_force(section.array, 1)
     expected = np.array([x[row].mean(axis=0) for row in near])
     np.testing.assert_allclose(neighbour_mean(x, neighbours(section, 6)), expected)
+
+
+def test_spatial_directions_keep_a_weak_pattern_that_is_smooth_and_leave_strong_noise():
+    rng, of = np.random.default_rng(0), [full_section("a", rows=32, cols=64), full_section("b", rows=32, cols=64)]
+    waves = [np.sin(section.position[:, 1] / 600) for section in of]
+    pca = [np.column_stack([5 * rng.normal(size=(len(wave), 3)), wave + rng.normal(size=len(wave))]) for wave in waves]
+    found = spatial_directions(of, pca)
+    assert list(found) == ["spatial_directions_18", "spatial_directions_36"]
+    for by_section in found.values():
+        for x, wave in zip(by_section, waves, strict=True):
+            assert x.shape == (len(wave), 4)
+            assert abs(np.corrcoef(x[:, 0], wave)[0, 1]) > 0.9
+
+
+def test_spatial_directions_solve_the_generalised_eigenproblem():
+    """Before they are averaged they are found again from the averages: (near / n) is a full matrix of known weights."""
+    rng, section = np.random.default_rng(1), full_section(rows=8, cols=16)
+    x = rng.normal(size=(section.n_spots, 3)).cumsum(axis=0)
+    average = {n: neighbours(section, n).toarray() / neighbours(section, n).sum(axis=1) for n in (18, 36)}
+    mean = np.asarray(average[18] @ (x - x.mean(axis=0)))
+    smooth, rest = np.cov(mean.T), np.cov((x - x.mean(axis=0) - mean).T)
+    values, vectors = np.linalg.eig(np.linalg.solve(rest, smooth))
+    order = np.argsort(-values)
+    for n, found in spatial_directions([section], [x]).items():
+        expected = np.asarray(average[int(n[-2:])] @ (x - x.mean(axis=0))) @ vectors[:, order]
+        for mine, theirs in zip(found[0].T, expected.T, strict=True):
+            assert abs(np.corrcoef(mine, theirs)[0, 1]) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_lonely_spots_and_constant_components_have_spatial_directions_without_meaning(spread):
+    """A spot without neighbours is its own mean: nothing is left of it, and still there are numbers."""
+    section = full_section(rows=4, cols=8)
+    section.array = section.array * 50
+    x = spread * np.random.default_rng(0).normal(size=(section.n_spots, 3))
+    for values in spatial_directions([section], [x]).values():
+        assert np.isfinite(values[0]).all()
 
 
 # Features

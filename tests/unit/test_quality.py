@@ -135,18 +135,6 @@ def test_the_best_post_processing_is_that_of_the_greatest_accuracy():
     assert found["ari"].to_dict() == {"pca": 0.1, "raw": 0.2}
 
 
-def test_spatial_directions_keep_a_weak_pattern_that_is_smooth_and_leave_strong_noise():
-    rng, of = np.random.default_rng(0), sections()
-    waves = [np.sin(section.position[:, 1] / 600) for section in of]
-    pca = [np.column_stack([5 * rng.normal(size=(len(wave), 3)), wave + rng.normal(size=len(wave))]) for wave in waves]
-    found = quality.spatial_directions(of, pca)
-    assert list(found) == ["spatial_directions_18", "spatial_directions_36"]
-    for by_section in found.values():
-        for x, wave in zip(by_section, waves, strict=True):
-            assert x.shape == (len(wave), 4)
-            assert abs(np.corrcoef(x[:, 0], wave)[0, 1]) > 0.9
-
-
 def test_tables_show_every_method_once_and_say_that_data_are_simulated(of_planted):
     facts = {"stpatch_seed0": (10.0, 0.8), "stpatch_seed1": (14.0, 0.9)}
     text = quality.tables(of_planted, facts)
