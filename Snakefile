@@ -70,3 +70,9 @@ localrules:
     clustering_figure,
     confusion,
     reconstruction_figure,
+
+
+onstart:
+    if workflow.is_main_process:
+        refuse_a_disk_too_small()
+        start_jobs_as_fast_as_may_be()

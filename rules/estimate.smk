@@ -37,9 +37,8 @@ if workflow.is_main_process and not set(workflow.output_settings.quiet or ()) & 
         print(f"Warning: a run of all of it would be refused. {refusal}", file=sys.stderr)
 
 
-onstart:
-    # Only what these targets need; windows lie behind the checkpoint and belong to any of them.
-    if workflow.is_main_process:
-        wanted = {job.wildcards.get("slice") for job in workflow.dag.needrun_jobs()} & set(CURATED)
-        if refusal := outstanding(wanted).refusal(free_bytes, config["min_free_gb"]):
-            raise WorkflowError(refusal)
+def refuse_a_disk_too_small():
+    """Only what these targets need; windows lie behind the checkpoint and belong to any of them."""
+    wanted = {job.wildcards.get("slice") for job in workflow.dag.needrun_jobs()} & set(CURATED)
+    if refusal := outstanding(wanted).refusal(free_bytes, config["min_free_gb"]):
+        raise WorkflowError(refusal)
