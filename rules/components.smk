@@ -17,10 +17,11 @@ rule components:
         "<results>/benchmarks/components/components.tsv"
     conda:
         "../envs/data.yaml"
-    threads: 1
+    threads: 4
     resources:
-        # One grid is in memory at a time; of every slice its axes stay (5 MB, three times while they are put together).
-        mem_mb=lambda wildcards, input, attempt: (4000 + 15 * len(input.grids)) * attempt,
+        # A grid a thread is in memory at a time; of every slice its axes stay (5 MB, three times while they are put together).
+        mem_mb=lambda wildcards, input, threads, attempt: (1500 + 2500 * threads + 15 * len(input.grids))
+        * attempt,
     params:
         method=config["component_method"],
         k=config["components"],

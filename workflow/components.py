@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
+from joblib import Parallel, delayed
 from safetensors.numpy import save
 from scipy.sparse.linalg import LinearOperator, eigsh, svds
 from scipy.spatial import cKDTree
@@ -201,31 +202,53 @@ def write_components(
     Path(path).write_bytes(len(header).to_bytes(8, "little") + header + raw[end:])
 
 
+def of_slice(
+    grid: str | Path, genes: list[str], *, method: str, spots: int, axes: int, target_sum: float, seed: int
+) -> tuple[object, np.ndarray, np.ndarray]:
+    """What `components` takes from one slice: its sample of `spots` spots, or its `axes` spatial axes; variance; what it measured."""
+    grid = read_grid(grid)
+    if method == "principal":
+        sample = sample_spots(grid, genes, spots, target_sum=target_sum, seed=seed)
+        return sample, variance_of(sample), sample.measured
+    cells = counted_cells(grid)
+    sample = expression(grid, genes, cells, target_sum)
+    found = *spatial_axes(sample, adjacent(grid, cells), axes), len(cells)
+    return found, variance_of(sample), sample.measured
+
+
 def components(
-    grids: list[str | Path], vocabulary: Vocabulary, *, method: str, k: int, spots: int, target_sum: float, seed: int
+    grids: list[str | Path],
+    vocabulary: Vocabulary,
+    *,
+    method: str,
+    k: int,
+    spots: int,
+    target_sum: float,
+    seed: int,
+    threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``components``, ``explained_variance`` and ``noise`` of docs/format.md; one grid in memory at a time.
+    """``components``, ``explained_variance`` and ``noise`` of docs/format.md; `threads` grids in memory at a time.
 
     Parameters
     ----------
     method
         ``principal``: `principal_axes` of at most `spots` spots, as many of each slice. ``spatial``: `spatial_axes` of every slice, put
         together; the second array is then the share of each in what all slices' axes hold.
+    threads
+        Processes that look at slices; the same numbers whatever it is.
     """
     genes, found = vocabulary.gene_id, []
-    of_slice = max(AXES_OF_SLICE, -(-k // max(1, len(grids))) + 1)
+    how = {"method": method, "spots": max(2, spots // max(1, len(grids))), "target_sum": target_sum, "seed": seed}
+    how["axes"] = max(AXES_OF_SLICE, -(-k // max(1, len(grids))) + 1)
     within, measured = np.zeros((2, len(genes)))
-    for grid in map(read_grid, grids):
-        if method == "principal":
-            sample = sample_spots(grid, genes, max(2, spots // len(grids)), target_sum=target_sum, seed=seed)
-            found.append(sample)
-        else:
-            cells = counted_cells(grid)
-            sample = expression(grid, genes, cells, target_sum)
-            found.append((*spatial_axes(sample, adjacent(grid, cells), of_slice), len(cells)))
-            logging.info("%s: %d spatial axes", grid.slice, len(found[-1][1]))
-        within += variance_of(sample)
-        measured += sample.measured
+    in_order = Parallel(threads, return_as="generator", pre_dispatch=2 * threads)
+    for grid, (one, variance, known) in zip(
+        grids, in_order(delayed(of_slice)(g, genes, **how) for g in grids), strict=True
+    ):
+        found.append(one)
+        within += variance
+        measured += known
+        logging.info("%s: %d of %d", Path(grid).stem, len(found), len(grids))
     noise = (within / np.maximum(measured, 1)).astype(np.float32)
     if method == "principal":
         return *principal_axes(found, vocabulary.mean, k), noise
@@ -246,6 +269,7 @@ if __name__ == "__main__":
         spots=params.spots,
         target_sum=params.target_sum,
         seed=params.seed,
+        threads=snakemake.threads,
     )
     write_components(snakemake.output[0], axes, explained, noise, hashlib.sha256(genes.read_bytes()).hexdigest())
     logging.info("%d %s components of %d slices", len(explained), params.method, len(snakemake.input.grids))

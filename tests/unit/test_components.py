@@ -92,7 +92,7 @@ def test_the_same_corpus_gives_the_same_bytes_on_any_number_of_threads(paths, vo
     written = []
     for threads in (1, 2, 1):
         with threadpool_limits(limits=threads):
-            found = components(paths, vocabulary, **settings, seed=0)
+            found = components(paths, vocabulary, **settings, seed=0, threads=threads)
         write_components(tmp_path / "c.safetensors", *found, "abc")
         written.append((tmp_path / "c.safetensors").read_bytes())
     assert written[0] == written[1] == written[2]
