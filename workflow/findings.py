@@ -127,36 +127,25 @@ def against_controls(pooled: pd.DataFrame) -> list[str]:
 def training(pooled: pd.DataFrame) -> list[str]:
     """Whether the trained encoder passes the same encoder before its first step, under the strictest protocol measured.
 
-    Where the verdict's control is the untrained encoder, or the model beats every control, the paired difference decides;
-    else the two intervals have to lie apart, which asks for more.
+    The paired difference decides, either side at its best.
     """
-    rows = pooled[pooled["compared"] == "method"]
-    rows = rows.assign(base=rows["method"].map(_model))
+    rows = pooled[(pooled["compared"] == "against") & (pooled["method"].map(_model) == OWN)]
+    rows = rows[rows["control"].map(_model) == "untrained"].set_index("protocol")
     for protocol in (*STRICT, "random20"):
-        here = rows[rows["protocol"] == protocol]
-        mine, its = (here[here["base"] == name] for name in (OWN, "untrained"))
-        if not len(mine) or not len(its):
+        if protocol not in rows.index:
             continue
-        mine, its = mine.loc[mine["value"].idxmax()], its.loc[its["value"].idxmax()]
-        figures = f"{mine['value']:.3f} trained, {its['value']:.3f} untrained, each at its best under {protocol}"
-        found = verdicts.of_probes(pooled[pooled["protocol"] == protocol])
-        for row in found[found["method"].map(_model) == OWN].itertuples():
-            beaten = "untrained" if _model(row.control) == "untrained" else "strongest of all controls"
-            if verdicts.judged(row) == "beats":
-                return [
-                    f"Pretraining taught the encoder something: {figures}; the paired difference from the {beaten} lies above 0."
-                ]
-            if beaten == "untrained" and row.high < 0:
-                return [f"Pretraining made the encoder worse: {figures}; the paired interval lies below 0."]
-            if beaten == "untrained":
-                return [f"Whether pretraining taught the encoder anything is undecided: {figures}."]
-        if mine["value_low"] > its["value_high"]:
-            return [f"Pretraining taught the encoder something: {figures}, and their 95% intervals lie apart."]
-        if mine["value_high"] < its["value_low"]:
-            return [f"Pretraining made the encoder worse: {figures}, and their 95% intervals lie apart."]
-        known = pd.notna(mine["value_low"]) and pd.notna(its["value_low"])
-        reason = "their 95% intervals overlap" if known else "no intervals can be told"
-        return [f"Whether pretraining taught the encoder anything is undecided: {figures}; {reason}."]
+        row = rows.loc[protocol]
+        figures = f"{row['value']:.3f} trained, {row['control_value']:.3f} untrained, each at its best under {protocol}"
+        if pd.isna(row["low"]):
+            return [
+                f"Whether pretraining taught the encoder anything is undecided: {figures}; no interval can be told."
+            ]
+        paired = f"{figures}; the paired difference is {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        if row["low"] > 0:
+            return [f"Pretraining taught the encoder something: {paired}."]
+        if row["high"] < 0:
+            return [f"Pretraining made the encoder worse: {paired}."]
+        return [f"Whether pretraining taught the encoder anything is undecided: {paired}."]
     return []
 
 

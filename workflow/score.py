@@ -298,5 +298,6 @@ if __name__ == "__main__":
             threads=snakemake.threads,
             notes=notes,
             published=given.published,
+            against=["untrained"],
         )
     write(scored, output.scores, output.notes, output.comparisons, output.predictions)

@@ -52,11 +52,14 @@ def comparisons(protocol: str = "random20", half: float = 0.01, **values: float)
         for metric in intervals.METRICS:
             compared = [(key, "method") for key in keys]
             compared += [(max(models, key=keys.get), "best")] if models and section == "pooled" else []
+            start = [key for key in keys if key[0] == "untrained"]
+            compared += [(key, "against") for key, kind in compared if kind == "best" and start]
             for key, kind in compared:
-                lead = 0.0 if key == strongest else keys[key] - keys[strongest]
-                around = half if key != strongest else 0.0
+                its = start[0] if kind == "against" else strongest
+                lead = 0.0 if key == its else keys[key] - keys[its]
+                around = half if key != its else 0.0
                 value = keys[key], keys[key] - half, keys[key] + half
-                row = ("d", protocol, section, metric, *key, kind, *value, *strongest, keys[strongest])
+                row = ("d", protocol, section, metric, *key, kind, *value, *its, keys[its])
                 rows.append((*row, lead, lead - around, lead + around, 0.01, "blocks", 40, 2, 1))
     return pd.DataFrame(rows, columns=intervals.COMPARISONS)
 
