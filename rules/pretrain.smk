@@ -29,7 +29,7 @@ rule pretrain:
         "../envs/train.yaml"
     threads: 8
     resources:
-        # up to six batches are read ahead, each of 0.5 GB where 128 windows have 8,192 genes
+        # 7 GB on a CPU with 128 windows of 8,192 genes a step; on a GPU up to six such batches, 0.5 GB each, are read ahead
         mem_mb=lambda wildcards, attempt: 16000 * min(attempt, 2),
         gpu=1,
         # One rank on one machine, unless a profile says otherwise (`--set-resources pretrain:ranks=4 pretrain:gpu=4`).
