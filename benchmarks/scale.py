@@ -5,7 +5,7 @@
 
 All slices are simulated (docs/simulator.md), as large as real ones: four kinds in turn, as four sources deposit them, with as
 many genes as a probe set or a whole transcriptome has, and as deep as cortex or lymph node. They run through the repository's
-own rules with its default config. Seconds are those of Snakemake's `benchmark:` files; these sample the memory twice a second
+own rules, with 512 windows of 512 genes. Seconds are those of Snakemake's `benchmark:` files; these sample the memory twice a second
 and miss a short peak, so each job also notes its peak and its CPU seconds itself when it ends (Linux). A build that was stopped
 goes on in the folder that --keep names. With --tiny the slices have 64 spots and 60 genes, files of their own: what is left of a
 job's time is what it costs to have a job at all.

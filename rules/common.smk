@@ -57,7 +57,7 @@ for name, number in {"gpu": 1, "downloads": 8}.items():
 
 
 def start_jobs_as_fast_as_may_be():
-    """Take Snakemake's own limit of 100 jobs a second away; one that was asked for stays.
+    """Take Snakemake's default limit of 100 jobs a second away; another that was asked for stays.
 
     For its sake every look at the waiting jobs orders another look a second later, and so does every job that ends: after some
     hundred jobs Snakemake does nothing else (9.27). To be called when a run starts.

@@ -16,7 +16,7 @@ paper states no rule, it is this:
 - *Unit slice*: the site that shows nothing, with the domain of its nearest visible site; domains are of the window's visible spots.
 - *Offset*: what the visible spots of the window hold on average beyond what the model tells of them, gene by gene, is added to the
   hidden ones, times 1 - (sum over genes of its squared standard error) / (sum of its squares), 0 if that is negative (James and
-  Stein, 1961): a model of a few axes can't raise one gene alone where tissue or depth does. ``--no-offset`` leaves it out. The unit
+  Stein, 1961; spots taken as independent, so rather too little shrunk): a model of a few axes can't raise one gene alone where tissue or depth does. ``--no-offset`` leaves it out. The unit
   spot has none: what it tells of a visible spot, it tells from that spot itself.
 """
 
@@ -94,7 +94,7 @@ class Tile:
     hidden: np.ndarray  # bool [S]
     row: (
         np.ndarray
-    )  # int64 [number of hidden and visible]: where they lie among all regions' hidden, then visible cells
+    )  # int64: of the hidden and visible sites, where they lie among all regions' hidden, then visible cells
     depth: float  # mean total of the window's visible spots, over target_sum
     region: int
 
@@ -212,16 +212,12 @@ def inpaint(
             row, share = torch.from_numpy(tile.row), 1 + int(tile.visible.sum())
             total[row] += share * sites[torch.from_numpy(tile.hidden | tile.visible)]
             weight[row] += share
-    told = (total / weight).split(
-        [*regions.n_hidden.tolist(), *regions.n_visible.tolist()]
-    )  # NaN where no tile has been
-    hidden, visible = told[: len(regions.region)], told[len(regions.region) :]
+    n_hidden, n_visible = regions.n_hidden.tolist(), regions.n_visible.tolist()
+    told = (total / weight).split([*n_hidden, *n_visible])  # NaN where no tile has been
+    hidden, visible = told[: len(n_hidden)], told[len(n_hidden) :]
     if with_offset and model.cfg.unit != "spot":
-        seen = torch.from_numpy(regions.visible).long()
-        held = torch.from_numpy(counts.astype(np.int32))[seen]
-        held = log_normalise(held, torch.from_numpy(totals)[seen].double(), target_sum).split(
-            regions.n_visible.tolist()
-        )
+        seen = counts[regions.visible].astype(np.int32), totals[regions.visible].astype(np.float64)
+        held = log_normalise(*map(torch.from_numpy, seen), target_sum).split(n_visible)
         for region, values, known in zip(hidden, held, visible, strict=True):
             region += offset((values - known)[~known.isnan().any(1)])
     return torch.cat(hidden).float().numpy()

@@ -27,6 +27,7 @@ import yaml
 from workflow import ablation_table
 from workflow.catalogue import check_config, columns, load_catalogue, resolve
 from workflow.errors import CatalogueError
+from workflow.estimate import TYPICAL_SPOTS, windows_of
 
 ROOT = Path(__file__).parent.parent
 # By name: what grows in place, and what no variant makes anew, so that it would be of another.
@@ -291,14 +292,19 @@ def estimate(runs: list[Run], base: dict, cores: int) -> str:
                 f"at most about {round(seconds / 60 + 0.5)} min on {cores} cores, by the times of {folder.resolve()}"
             )
             return f"{len(todo)} of {len(runs)} runs to do: {about}"
-    windows = sum(run.config["windows_per_slice"] for run in todo)
-    told = f"{windows:,} windows of each training slice in all; nothing was timed yet, the first run will tell"
+    windows = sum(_windows(run.config) for run in todo)
+    told = f"{windows:,} windows of a training slice in all; nothing was timed yet, the first run will tell"
     return f"{len(todo)} of {len(runs)} runs to do: {told}"
 
 
+def _windows(config: dict) -> int:
+    """Windows of a slice as large as most are."""
+    return windows_of(config["windows_per_slice"], config["max_coverage"], TYPICAL_SPOTS, config["window"])
+
+
 def _values(config: dict) -> int:
-    """Numbers in the windows of a slice."""
-    return config["windows_per_slice"] * config["genes"] * config["window"][0] * config["window"][1]
+    """Numbers in these windows."""
+    return _windows(config) * config["genes"] * config["window"][0] * config["window"][1]
 
 
 def _read_yaml(path: str | Path):

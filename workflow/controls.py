@@ -237,7 +237,7 @@ def spatial_directions(sections: list[Section], pca: list[np.ndarray]) -> dict[s
     centred = [centre(x) for x in pca]
     means = [neighbour_mean(x, of) for x, of in zip(centred, near[DIRECTIONS_OVER], strict=True)]
     left = np.concatenate(centred) - np.concatenate(means)
-    smooth, rest = (np.cov(x, rowvar=False) for x in (np.concatenate(means), left))
+    smooth, rest = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (np.concatenate(means), left))
     least = (
         NEGLIGIBLE * np.concatenate(centred).var(axis=0).mean()
     )  # lonely spots are their own means, with nothing left

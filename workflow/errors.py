@@ -31,6 +31,11 @@ class SliceError(ValueError):
             f"[{self.code}] slice {self.slice}{where}: found {found}; expected {expected}. Next step: {next_step}"
         )
 
+    def __reduce__(self) -> tuple:
+        """How a process that looked at a slice hands the error to the one that asked; pickle's own way knows no keywords."""
+        fields = {name: getattr(self, name) for name in ("slice", "file", "found", "expected", "next_step")}
+        return _again, (type(self), fields)
+
     def as_row(self) -> dict[str, str]:
         """The row of the quarantine table (all strings)."""
         return {
@@ -60,6 +65,10 @@ class SliceError(ValueError):
         error = kind(**{name: row[name] for name in ("slice", "file", "found", "expected", "next_step")})
         error.stage = row["stage"]
         return error
+
+
+def _again(kind: type[SliceError], fields: dict[str, str]) -> SliceError:
+    return kind(**fields)
 
 
 def _one_line(text: str, longest: int = 2000) -> str:

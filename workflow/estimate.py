@@ -17,12 +17,12 @@ GB = 1e9
 TYPICAL_SPOTS = 2000  # where a source states none; about the median of those that do in visium_human.tsv
 
 # What was measured: real slices of three depths (370, 2,000 and 5,300 nonzero counts a spot; docs/real-slices.md names them), one
-# core, default config. Bytes a spot: curated 1,450 / 4,600 / 11,700, grid 750 / 1,750 / 4,300; h5 1.8 and MEX 3.9 bytes a nonzero.
-# Seconds: curate 0.0001 to 0.001 a spot, grid 0.0002 to 0.0003; a window 0.0024 to 0.011, 34 to 46 kB at 512 genes x 16 x 16.
+# core, 512 genes. Bytes a spot: curated 1,450 / 4,600 / 11,700, grid 750 / 1,750 / 4,300; h5 1.8 and MEX 3.9 bytes a nonzero.
+# Seconds: curate 0.0001 to 0.001 a spot, grid 0.0002 to 0.0003; a window 0.0024 to 0.011, 34 to 46 kB at 512 genes x 16 x 16; 0.02 to 0.03 s and 480 kB at 8,192.
 # Of 50 simulated slices (docs/scale.md): 2.2 and 0.87 bytes a nonzero, 1.4 CPU seconds to start a job.
 CURATED, GRID = 7000, 2900  # bytes a spot, at about 3,300 nonzeros
 PACKED_WINDOW = 0.31  # bytes a gene and cell
-SPOT_SECONDS, WINDOW_SECONDS = 0.0015, 0.007
+SPOT_SECONDS, WINDOW_SECONDS, GENE_SECONDS = 0.0015, 0.006, 2.4e-6  # the last: a gene of a window
 JOB_SECONDS, JOBS = 2.0, 6  # to start a job, jobs a slice
 
 # What is assumed: (bytes a spot, bytes besides) of what a source deposits, where `bytes` is blank. Matrices as above, a CELLXGENE
@@ -140,7 +140,7 @@ def estimate(
         if not built and name in windowed:  # twice: each slice's pack, and the tars that it is copied into
             n_windows = windows_of(windows_per_slice, max_coverage, spots, window)
             disk_bytes += 2 * PACKED_WINDOW * n_windows * genes * window[0] * window[1]
-            seconds += n_windows * WINDOW_SECONDS
+            seconds += n_windows * (WINDOW_SECONDS + genes * GENE_SECONDS)
     return Estimate(n, simulated, downloads, guessed, download_bytes, disk_bytes, seconds)
 
 

@@ -30,7 +30,7 @@ def test_a_sample_of_151673_is_small_with_the_default_codec(real_data, name, tmp
         tmp_path / "pack.bin",
         tmp_path / "pack.npy",
         n=128,
-        m=config["genes"],
+        m=512,
         selection=config["selection"],
         epsilon=config["epsilon"],
         min_observed=config["min_observed"],

@@ -200,17 +200,18 @@ def test_the_nearest_finished_run_is_the_one_that_is_cloned(here):
 
 def test_time_is_estimated_from_what_a_run_took_and_from_the_size_of_the_windows(here):
     tried = table(same={"overlay": {}}, wide={"overlay": {"window": [32, 32]}})  # four times the cells
-    runs = ablate.plan(tried, BASE, [0])
-    assert "nothing was timed yet" in ablate.estimate(runs, BASE, 2)
-    assert "2 of 2 runs to do: 1,024 windows" in ablate.estimate(runs, BASE, 2)
+    base = BASE | {"max_coverage": 0, "windows_per_slice": 512}  # as many of a wide one
+    runs = ablate.plan(tried, base, [0])
+    assert "nothing was timed yet" in ablate.estimate(runs, base, 2)
+    assert "2 of 2 runs to do: 1,024 windows" in ablate.estimate(runs, base, 2)
     for rule, seconds in {"pretrain/model": [500], "windows/a": [100], "windows/b": [100], "score/x": [80]}.items():
         path = Path(f"results/benchmarks/{rule}.tsv")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("s\th:m:s\n" + "".join(f"{value}\tx\n" for value in seconds))
     # rounded up: (500 + 200 / 2) * (1 + 4) + 2 * 80 / 2 = 3,080 s
-    assert "at most about 52 min on 2 cores" in ablate.estimate(runs, BASE, 2)
+    assert "at most about 52 min on 2 cores" in ablate.estimate(runs, base, 2)
     pretend(runs[1], 0.5)
-    assert "1 of 2 runs to do: at most about 11 min" in ablate.estimate(runs, BASE, 2)
+    assert "1 of 2 runs to do: at most about 11 min" in ablate.estimate(runs, base, 2)
 
 
 def test_a_dry_run_says_what_would_be_done_and_makes_nothing(here, capsys):

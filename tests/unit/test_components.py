@@ -22,6 +22,7 @@ from workflow.components import (
     variance_of,
     write_components,
 )
+from workflow.errors import DamagedFile
 from workflow.expression import log_normalise
 from workflow.grid import make_grid, write_grid
 from workflow.moments import moments
@@ -98,6 +99,13 @@ def test_the_same_corpus_gives_the_same_bytes_on_any_number_of_threads(paths, vo
     assert written[0] == written[1] == written[2]
     other = components(paths, vocabulary, **settings, seed=1)
     assert np.array_equal(other[0], found[0]) == (method == "spatial")  # which takes every spot and draws none
+
+
+def test_a_damaged_grid_is_named_whichever_process_looked_at_it(paths, vocabulary, tmp_path):
+    settings = {"method": "spatial", "k": K, "spots": 0, "target_sum": 1e4, "seed": 0}
+    for threads in (1, 2):
+        with pytest.raises(DamagedFile, match="slice gone .*no zarr group.*Next step: delete"):
+            components([*paths, tmp_path / "gone.zarr"], vocabulary, **settings, threads=threads)
 
 
 def test_the_file_says_its_version_and_the_vocabulary_it_was_made_for(tmp_path):

@@ -121,12 +121,12 @@ def test_spatial_directions_solve_the_generalised_eigenproblem():
             assert abs(np.corrcoef(mine, theirs)[0, 1]) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0])
-def test_lonely_spots_and_constant_components_have_spatial_directions_without_meaning(spread):
+@pytest.mark.parametrize(("spread", "d"), [(0.0, 3), (1.0, 3), (1.0, 1)])
+def test_lonely_spots_and_constant_components_have_spatial_directions_without_meaning(spread, d):
     """A spot without neighbours is its own mean: nothing is left of it, and still there are numbers."""
     section = full_section(rows=4, cols=8)
     section.array = section.array * 50
-    x = spread * np.random.default_rng(0).normal(size=(section.n_spots, 3))
+    x = spread * np.random.default_rng(0).normal(size=(section.n_spots, d))
     for values in spatial_directions([section], [x]).values():
         assert np.isfinite(values[0]).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gzip
 import json
@@ -513,6 +514,13 @@ def test_what_lies_in_hidden_folders_is_left_out(tmp_path):
         place.mkdir(parents=True)
         (place / "a.csv").write_text("")
     assert files_at(folder) == [folder / "a.csv", folder / "spatial" / "a.csv"]
+
+
+@pytest.mark.parametrize("kind", SliceError.kinds(), ids=lambda kind: kind.__name__)
+def test_an_error_goes_from_process_to_process_whole(kind):
+    error = kind(slice="a", found="x", expected="y", next_step="z", file="f")
+    again = copy.copy(error)  # by what pickle takes it apart with
+    assert (type(again), again.as_row(), str(again)) == (kind, error.as_row(), str(error))
 
 
 def test_every_error_has_a_code_of_its_own():
