@@ -260,6 +260,7 @@ def run(args: argparse.Namespace) -> None:
         "model": "untrained" if args.untrained else args.model.resolve().name, "unit": model.cfg.unit,
         "simulated": str(any(simulated.values())).lower(),
         "pretrained_on_simulated": str(simulated["model"]).lower(),
+        "offset": str(not args.no_offset and model.cfg.unit != "spot").lower(),
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"Y": predicted, "cell": regions.hidden, "n_hidden": regions.n_hidden}

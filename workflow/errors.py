@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+FIELDS = ("slice", "file", "found", "expected", "next_step")  # what an error is made of
+
 
 class SliceError(ValueError):
     """A slice that can't be used as it is.
@@ -33,8 +37,7 @@ class SliceError(ValueError):
 
     def __reduce__(self) -> tuple:
         """How a process that looked at a slice hands the error to the one that asked; pickle's own way knows no keywords."""
-        fields = {name: getattr(self, name) for name in ("slice", "file", "found", "expected", "next_step")}
-        return _again, (type(self), fields)
+        return partial(type(self), **{name: getattr(self, name) for name in FIELDS}), (), vars(self)
 
     def as_row(self) -> dict[str, str]:
         """The row of the quarantine table (all strings)."""
@@ -62,13 +65,9 @@ class SliceError(ValueError):
     def from_row(cls, row: dict[str, str]) -> SliceError:
         """The error that a row of the quarantine table tells of: the subclass that has its code."""
         (kind,) = (kind for kind in cls.kinds() if kind.code == row["code"])
-        error = kind(**{name: row[name] for name in ("slice", "file", "found", "expected", "next_step")})
+        error = kind(**{name: row[name] for name in FIELDS})
         error.stage = row["stage"]
         return error
-
-
-def _again(kind: type[SliceError], fields: dict[str, str]) -> SliceError:
-    return kind(**fields)
 
 
 def _one_line(text: str, longest: int = 2000) -> str:

@@ -354,6 +354,13 @@ def test_a_model_that_learnt_from_hidden_sites_tells_more_than_the_mean(
     assert ((y - truth) ** 2).mean() < 0.9 * ((mean - truth) ** 2).mean()
 
 
+@pytest.mark.parametrize(("name", "flags"), [("patch", ["--no-offset"]), ("spot", [])])
+def test_the_file_says_that_the_model_speaks_alone(folders, whole, regions, tmp_path, name, flags):
+    run(folders(name), whole, regions, tmp_path / "x", *flags)
+    with safe_open(tmp_path / "x", "np") as opened:
+        assert opened.metadata()["offset"] == "false"
+
+
 def test_the_file_says_what_it_is(folders, whole, regions, tmp_path):
     run(folders("multispot"), whole, regions, tmp_path / "x")
     with safe_open(tmp_path / "x", "np") as opened, safe_open(regions, "np") as asked:
@@ -361,7 +368,7 @@ def test_the_file_says_what_it_is(folders, whole, regions, tmp_path):
         assert len(said.pop("sha256")) == 64
         assert said == {
             "format_version": "1", "slice": "s", "model": "model", "unit": "multispot", "simulated": "true",
-            "pretrained_on_simulated": "true",
+            "pretrained_on_simulated": "true", "offset": "true",
         }  # fmt: skip
         assert np.array_equal(opened.get_tensor("cell"), asked.get_tensor("hidden"))
         assert np.array_equal(opened.get_tensor("n_hidden"), asked.get_tensor("n_hidden"))

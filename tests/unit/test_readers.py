@@ -293,29 +293,26 @@ def test_a_truncated_h5_is_unreadable(layout, fraction, area, tmp_path):
         read(tmp_path)
 
 
-def recast(path, kind):
-    """Write the counts of a 10x h5 with another type in their header."""
+def write_recast(area, folder, kind):
+    """A sample as 10x h5 whose header gives the counts another type."""
+    path = folder / "filtered_feature_bc_matrix.h5"
+    write_tenx_h5(area, path)
     with h5py.File(path, "r+") as file:
         data = file["matrix/data"][:]
         del file["matrix/data"]
         file["matrix"].create_dataset("data", data=data.astype(kind))
+    (folder / "tissue_positions.csv").write_text(positions(area, header=True))
 
 
 @pytest.mark.parametrize("kind", [">i4", ">i8", "<u2", ">f8"])
 def test_counts_of_any_byte_order_are_read_right(kind, area, tmp_path):
-    path = tmp_path / "filtered_feature_bc_matrix.h5"
-    write_tenx_h5(area, path)
-    recast(path, kind)
-    (tmp_path / "tissue_positions.csv").write_text(positions(area, header=True))
+    write_recast(area, tmp_path, kind)
     assert same(read(tmp_path), area)
 
 
 @pytest.mark.parametrize("kind", ["<f2", "?", "S4", "<c8"])
 def test_counts_of_a_type_that_no_count_has_are_unreadable(kind, area, tmp_path):
-    path = tmp_path / "filtered_feature_bc_matrix.h5"
-    write_tenx_h5(area, path)
-    recast(path, kind)
-    (tmp_path / "tissue_positions.csv").write_text(positions(area, header=True))
+    write_recast(area, tmp_path, kind)
     with pytest.raises(Unreadable, match="filtered_feature_bc_matrix.h5.*counts of type") as caught:
         read(tmp_path)
     assert caught.value.code == "unreadable"
